@@ -1,0 +1,3 @@
+//! Skeleton.
+#[cfg(feature = "testing")]
+pub mod testing;
