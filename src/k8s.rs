@@ -1,0 +1,14 @@
+//! The Kubernetes side: reads the kubeconfig, follows the Services that were asked for, and opens port-forwards.
+//!
+//! Besides the test double, nothing else in the program sees a Kubernetes API type.
+
+mod client;
+mod convert;
+mod discovery;
+mod error;
+mod follow;
+mod portforward;
+
+pub use client::{Cluster, Config, ConnectionError};
+pub use discovery::Discovery;
+pub use portforward::ChannelForward;

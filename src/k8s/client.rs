@@ -1,0 +1,236 @@
+//! One client for everything we ask of the API server: the kubeconfig as kubectl reads it, over a connector of our own.
+//!
+//! kube's stock connector leaves Nagle's algorithm on, which delays small writes of a port-forward by a round trip, and cuts
+//! upgraded connections by a write timeout; so the stack is put together here from kube's own layers.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use http::{HeaderValue, Uri};
+use hyper_util::client::legacy::Client as HttpClient;
+use hyper_util::client::legacy::connect::proxy::{SocksV5, Tunnel};
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use kube::client::{ClientBuilder, ConfigExt};
+use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
+use kube::{Client, Config as KubeConfig};
+use tower::{BoxError, ServiceBuilder, ServiceExt};
+
+use crate::k8s::error::{self, Kind};
+
+/// Dead peers must be noticed well before a user gives up: first probe after this silence, then every [`PROBE`].
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+const PROBE: Duration = Duration::from_secs(5);
+const PROBES: u32 = 3;
+
+/// The variable that lists kubeconfig files, as kubectl reads it.
+const KUBECONFIG: &str = "KUBECONFIG";
+
+/// Settings of the Kubernetes side.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// The kubeconfig file; without one `KUBECONFIG`, then `~/.kube/config`, then the pod's service account.
+    pub kubeconfig: Option<PathBuf>,
+    /// The context; without one the file's current context.
+    pub context: Option<String>,
+    /// How long the API server may take to answer the headers of any request, connecting included.
+    pub timeout: Duration,
+    /// How often a Service is read again where watching is refused.
+    pub poll_interval: Duration,
+    /// How long a Service is followed after its last use.
+    pub idle_timeout: Duration,
+}
+
+/// Why there is no usable connection to a cluster. Each prints as one line that says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectionError {
+    /// Neither a kubeconfig nor a pod's service account was found.
+    #[error("no kubeconfig found: set KUBECONFIG, use --kubeconfig, or log in so that {0} exists")]
+    NoConfig(String),
+    /// A kubeconfig cannot be read or makes no sense.
+    #[error("{0}; `kubectl config view` shows what kubectl makes of it")]
+    BadConfig(String),
+    /// The credentials cannot be had, or the server does not accept them.
+    #[error("the API server at {url} does not accept the credentials ({message}); log in again, then check with `kubectl auth whoami`")]
+    Unauthorized {
+        /// The server's URL.
+        url: String,
+        /// The server's or the plugin's own words.
+        message: String,
+    },
+    /// The server does not answer.
+    #[error("cannot reach the API server at {url} ({message}); check with `kubectl cluster-info`")]
+    Unreachable {
+        /// The server's URL.
+        url: String,
+        /// What went wrong.
+        message: String,
+    },
+}
+
+/// A connection to one cluster.
+#[derive(Clone)]
+pub struct Cluster {
+    /// The client; clones share one connection pool.
+    pub(super) client: Client,
+    /// The server's URL, for messages.
+    url: String,
+}
+
+impl std::fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cluster").field("url", &self.url).finish_non_exhaustive()
+    }
+}
+
+impl Cluster {
+    /// Reads the kubeconfig and prepares a client; nothing is asked of the server yet.
+    ///
+    /// # Errors
+    /// [`ConnectionError::NoConfig`], [`ConnectionError::BadConfig`], or `Unauthorized` when a credential plugin fails.
+    pub async fn load(config: &Config) -> Result<Self, ConnectionError> {
+        let kube = load(config).await?;
+        let url = kube.cluster_url.to_string();
+        let (timeout, shown) = (config.timeout, url.clone());
+        // Credential plugins are run by kube while it builds the layers, and block their thread.
+        let client = tokio::task::spawn_blocking(move || build(&kube, timeout))
+            .await
+            .expect("building a client does not panic")
+            .map_err(|error| match error::kind(&error) {
+                Kind::Unauthorized => {
+                    ConnectionError::Unauthorized { url: shown, message: error::message(&error) }
+                }
+                _ => ConnectionError::BadConfig(error::message(&error)),
+            })?;
+        Ok(Self { client, url })
+    }
+
+    /// Returns the API server's URL.
+    #[must_use]
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Asks the server for its version: proves that it is there and takes our credentials, and leaves a warm connection.
+    ///
+    /// # Errors
+    /// [`ConnectionError::Unauthorized`] or [`ConnectionError::Unreachable`].
+    pub async fn check(&self) -> Result<String, ConnectionError> {
+        match self.client.apiserver_version().await {
+            Ok(version) => Ok(version.git_version),
+            // Some platforms hide /version from ordinary users; being refused still proves a living server.
+            Err(error) if error::kind(&error) == Kind::Forbidden => Ok("unknown".into()),
+            Err(error) => {
+                let (url, message) = (self.url.clone(), error::message(&error));
+                Err(match error::kind(&error) {
+                    Kind::Unauthorized => ConnectionError::Unauthorized { url, message },
+                    _ => ConnectionError::Unreachable { url, message },
+                })
+            }
+        }
+    }
+}
+
+async fn load(config: &Config) -> Result<KubeConfig, ConnectionError> {
+    let bad = |error: KubeconfigError| ConnectionError::BadConfig(error::one_line(&error.to_string()));
+    let Some(merged) = read(config.kubeconfig.as_deref())? else {
+        return KubeConfig::incluster().map_err(|_| {
+            let default = default_path().map_or_else(|| "~/.kube/config".into(), |path| path.display().to_string());
+            ConnectionError::NoConfig(default)
+        });
+    };
+    let options = KubeConfigOptions { context: config.context.clone(), cluster: None, user: None };
+    KubeConfig::from_custom_kubeconfig(merged, &options).await.map_err(bad)
+}
+
+/// Reads and merges the kubeconfig files, or finds none. Files of the list that do not exist are passed over as kubectl
+/// does; a file that was named by flag must exist.
+fn read(explicit: Option<&Path>) -> Result<Option<Kubeconfig>, ConnectionError> {
+    let paths = match (explicit, std::env::var_os(KUBECONFIG)) {
+        (Some(path), _) => vec![path.to_path_buf()],
+        (None, Some(list)) if !list.is_empty() => {
+            std::env::split_paths(&list).filter(|path| !path.as_os_str().is_empty()).collect()
+        }
+        _ => default_path().into_iter().collect(),
+    };
+    let mut merged: Option<Kubeconfig> = None;
+    for path in paths {
+        let bad = |text: &str| ConnectionError::BadConfig(format!("kubeconfig {}: {}", path.display(), error::one_line(text)));
+        match Kubeconfig::read_from(&path) {
+            Ok(next) => {
+                let all = merged.unwrap_or_default().merge(next);
+                merged = Some(all.map_err(|error| bad(&error.to_string()))?);
+            }
+            Err(KubeconfigError::ReadConfig(error, _)) if explicit.is_none() && error.kind() == io::ErrorKind::NotFound => {}
+            Err(KubeconfigError::ReadConfig(error, _)) => return Err(bad(&error.to_string())),
+            Err(error) => return Err(bad(&error.to_string())),
+        }
+    }
+    Ok(merged)
+}
+
+fn default_path() -> Option<PathBuf> {
+    std::env::home_dir().map(|home| home.join(".kube").join("config"))
+}
+
+/// Puts the client together; the connector depends on the kind of proxy on the way.
+fn build(config: &KubeConfig, timeout: Duration) -> Result<Client, kube::Error> {
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(false);
+    tcp.set_nodelay(true);
+    tcp.set_keepalive(Some(KEEP_ALIVE));
+    tcp.set_keepalive_interval(Some(PROBE));
+    tcp.set_keepalive_retries(Some(PROBES));
+    tcp.set_connect_timeout(Some(timeout));
+    #[cfg(target_os = "linux")]
+    tcp.set_tcp_user_timeout(Some(KEEP_ALIVE));
+
+    let Some(proxy) = config.proxy_url.clone() else { return stack(config, tcp, timeout) };
+    match proxy.scheme_str() {
+        Some("socks5") => stack(config, SocksV5::new(proxy, tcp), timeout),
+        Some("http") => stack(config, tunnel(&proxy, tcp), timeout),
+        Some("https") => {
+            let tls = config.rustls_https_connector_with_connector(tcp)?;
+            stack(config, tunnel(&proxy, tls), timeout)
+        }
+        _ => Err(kube::Error::ProxyProtocolUnsupported { proxy_url: Box::new(proxy) }),
+    }
+}
+
+fn stack<C>(config: &KubeConfig, connector: C, timeout: Duration) -> Result<Client, kube::Error>
+where
+    C: tower::Service<Uri> + Clone + Send + Sync + 'static,
+    C::Response: hyper::rt::Read + hyper::rt::Write + hyper_util::client::legacy::connect::Connection + Send + Unpin,
+    C::Future: Send + 'static,
+    C::Error: std::error::Error + Send + Sync + 'static,
+    C::Error: Into<BoxError>,
+{
+    let https = config.rustls_https_connector_with_connector(connector)?;
+    let http = HttpClient::builder(TokioExecutor::new()).pool_timer(hyper_util::rt::TokioTimer::new()).build(https);
+    let service = ServiceBuilder::new()
+        .layer(config.base_uri_layer())
+        .option_layer(config.auth_layer()?)
+        .layer(config.extra_headers_layer()?)
+        // Ends with the response's headers, so it bounds lists, watches and upgrades without cutting their streams.
+        .layer(tower::timeout::TimeoutLayer::new(timeout))
+        .service(http.map_err(BoxError::from));
+    Ok(ClientBuilder::new(service, config.default_namespace.clone()).build())
+}
+
+/// An HTTP CONNECT proxy, with the user and password of its URL (percent-decoded) if there are any.
+fn tunnel<C>(proxy: &Uri, connector: C) -> Tunnel<C> {
+    use base64::Engine as _;
+    let tunnel = Tunnel::new(proxy.clone(), connector);
+    let user_info = proxy.authority().and_then(|authority| authority.as_str().rsplit_once('@'));
+    let Some((user_info, _)) = user_info else { return tunnel };
+    let decoded: Vec<u8> = percent_encoding::percent_decode_str(user_info).collect();
+    let basic = format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(decoded));
+    match HeaderValue::from_str(&basic) {
+        Ok(mut header) => {
+            header.set_sensitive(true);
+            tunnel.with_auth(header)
+        }
+        Err(_) => tunnel,
+    }
+}

@@ -1,0 +1,160 @@
+//! Kubernetes objects to the registry's types: the only place that reads them.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::{Pod, Service as KubeService, ServicePort as KubePort};
+use k8s_openapi::api::discovery::v1::{Endpoint as KubeEndpoint, EndpointPort, EndpointSlice};
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+
+use crate::name::{PortRef, ServiceName};
+use crate::registry::{Endpoint, Load, PodRef, Protocol, Service, ServiceKind, ServicePort};
+
+/// The loads of the endpoints known so far, so that an update of an endpoint keeps its count.
+pub(super) type Loads = HashMap<PodRef, Arc<Load>>;
+
+/// Converts a Service object. Its name is the one it was asked for by.
+pub(super) fn service(name: ServiceName, object: &KubeService) -> Service {
+    let spec = object.spec.clone().unwrap_or_default();
+    let kind = match (spec.type_.as_deref(), spec.cluster_ip.as_deref()) {
+        (Some("ExternalName"), _) => ServiceKind::ExternalName(spec.external_name.unwrap_or_default()),
+        (_, Some("None")) => ServiceKind::Headless,
+        _ => ServiceKind::Virtual,
+    };
+    Service {
+        name,
+        kind,
+        ports: spec.ports.unwrap_or_default().iter().filter_map(service_port).collect(),
+        has_selector: spec.selector.is_some_and(|selector| !selector.is_empty()),
+        publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
+    }
+}
+
+fn service_port(port: &KubePort) -> Option<ServicePort> {
+    let number = u16::try_from(port.port).ok()?;
+    Some(ServicePort {
+        name: port.name.clone().unwrap_or_default(),
+        number,
+        protocol: match port.protocol.as_deref() {
+            Some("UDP") => Protocol::Udp,
+            Some("SCTP") => Protocol::Sctp,
+            _ => Protocol::Tcp,
+        },
+        app_protocol: port.app_protocol.clone(),
+        target: match &port.target_port {
+            Some(IntOrString::String(name)) => PortRef::Name(name.clone()),
+            // "0" and an absent value both mean the Service port's own number (core/v1 ServicePort).
+            Some(IntOrString::Int(target)) => PortRef::Number(u16::try_from(*target).ok().filter(|n| *n > 0).unwrap_or(number)),
+            None => PortRef::Number(number),
+        },
+    })
+}
+
+/// Returns the Service's selector in the syntax of a label selector, if it has one.
+pub(super) fn selector(object: &KubeService) -> Option<String> {
+    let selector = object.spec.as_ref()?.selector.as_ref().filter(|selector| !selector.is_empty())?;
+    Some(selector.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(","))
+}
+
+/// Converts the EndpointSlices of one Service. A pod with addresses of both families stands in two slices and is one
+/// endpoint here; endpoints without a pod cannot be forwarded to and are left out.
+pub(super) fn endpoints_from_slices(slices: &[EndpointSlice], loads: &mut Loads) -> Vec<Arc<Endpoint>> {
+    let mut found: BTreeMap<PodRef, Endpoint> = BTreeMap::new();
+    for slice in slices.iter().filter(|slice| slice.address_type != "FQDN") {
+        let namespace = slice.metadata.namespace.as_deref().unwrap_or_default();
+        let ports = slice_ports(slice.ports.as_deref().unwrap_or_default());
+        for endpoint in slice.endpoints.iter().flatten() {
+            if let Some(endpoint) = slice_endpoint(namespace, endpoint, &ports) {
+                // The EndpointSlice API allows an endpoint in several slices while it moves; the ready one is the newer.
+                let newer = found.get(&endpoint.pod).is_none_or(|known| !known.ready);
+                if newer {
+                    found.insert(endpoint.pod.clone(), endpoint);
+                }
+            }
+        }
+    }
+    keep_loads(found, loads)
+}
+
+fn slice_ports(ports: &[EndpointPort]) -> BTreeMap<String, u16> {
+    let tcp = ports.iter().filter(|port| port.protocol.as_deref().unwrap_or("TCP") == "TCP");
+    tcp.filter_map(|port| Some((port.name.clone().unwrap_or_default(), u16::try_from(port.port?).ok()?))).collect()
+}
+
+fn slice_endpoint(namespace: &str, endpoint: &KubeEndpoint, ports: &BTreeMap<String, u16>) -> Option<Endpoint> {
+    let target = endpoint.target_ref.as_ref().filter(|target| target.kind.as_deref() == Some("Pod"))?;
+    let conditions = endpoint.conditions.clone().unwrap_or_default();
+    Some(Endpoint {
+        pod: PodRef {
+            namespace: target.namespace.as_deref().unwrap_or(namespace).into(),
+            name: target.name.as_deref()?.into(),
+            uid: target.uid.as_deref().unwrap_or_default().into(),
+        },
+        hostname: endpoint.hostname.as_deref().map(Arc::from),
+        // An absent condition means true for `ready` and false for `terminating` (discovery/v1 EndpointConditions).
+        ready: conditions.ready.unwrap_or(true),
+        terminating: conditions.terminating.unwrap_or(false),
+        ports: ports.clone(),
+        load: Arc::default(),
+    })
+}
+
+/// Converts the pods that a Service selects, for users who may not read EndpointSlices: does what the EndpointSlice
+/// controller would.
+pub(super) fn endpoints_from_pods(service: &Service, pods: &[Pod], loads: &mut Loads) -> Vec<Arc<Endpoint>> {
+    let found = pods.iter().filter_map(|pod| pod_endpoint(service, pod)).map(|endpoint| (endpoint.pod.clone(), endpoint));
+    keep_loads(found.collect(), loads)
+}
+
+fn pod_endpoint(service: &Service, pod: &Pod) -> Option<Endpoint> {
+    let status = pod.status.as_ref()?;
+    // Pods that have ended, or were not given an address yet, are no endpoints.
+    let ended = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+    if ended || status.pod_ip.as_deref().unwrap_or_default().is_empty() {
+        return None;
+    }
+    let conditions = status.conditions.as_deref().unwrap_or_default();
+    let spec = pod.spec.as_ref();
+    let hostname = spec.and_then(|spec| spec.hostname.as_deref().filter(|_| spec.subdomain.as_deref() == Some(service.name.name())));
+    Some(Endpoint {
+        pod: PodRef {
+            namespace: pod.metadata.namespace.as_deref().unwrap_or(service.name.namespace()).into(),
+            name: pod.metadata.name.as_deref()?.into(),
+            uid: pod.metadata.uid.as_deref().unwrap_or_default().into(),
+        },
+        hostname: hostname.map(Arc::from),
+        ready: conditions.iter().any(|condition| condition.type_ == "Ready" && condition.status == "True"),
+        terminating: pod.metadata.deletion_timestamp.is_some(),
+        ports: service.ports.iter().filter_map(|port| Some((port.name.clone(), pod_port(port, pod)?))).collect(),
+        load: Arc::default(),
+    })
+}
+
+/// Finds the number of a Service port's target in one pod; a named target may differ from pod to pod.
+fn pod_port(port: &ServicePort, pod: &Pod) -> Option<u16> {
+    let name = match &port.target {
+        _ if port.protocol != Protocol::Tcp => return None,
+        PortRef::Number(number) => return Some(*number),
+        PortRef::Name(name) => name,
+    };
+    let containers = pod.spec.as_ref()?.containers.iter();
+    let mut ports = containers.flat_map(|container| container.ports.iter().flatten());
+    let found = ports.find(|port| port.name.as_deref() == Some(name) && port.protocol.as_deref().unwrap_or("TCP") == "TCP")?;
+    u16::try_from(found.container_port).ok()
+}
+
+/// Gives each endpoint the load it had before, and forgets those of endpoints that are gone.
+fn keep_loads(found: BTreeMap<PodRef, Endpoint>, loads: &mut Loads) -> Vec<Arc<Endpoint>> {
+    let before = std::mem::take(loads);
+    let endpoints = found.into_values().map(|mut endpoint| {
+        if let Some(load) = before.get(&endpoint.pod) {
+            endpoint.load = load.clone();
+        }
+        loads.insert(endpoint.pod.clone(), endpoint.load.clone());
+        Arc::new(endpoint)
+    });
+    endpoints.collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,224 @@
+//! Follows one narrow list of objects: list, then watch from that list's version; or read again and again where watching
+//! is refused. Yields the whole list each time it changed; the lists are one Service, or the few slices of one.
+//!
+//! A Service is listed by its name and not fetched with a GET: a list carries the collection's resourceVersion, from which a
+//! watch starts without a gap, while the version of a single object is usually older than what the server still remembers.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::{self, BoxStream};
+use kube::api::ListParams;
+use kube::runtime::watcher::{self, Event};
+use kube::{Api, Resource, ResourceExt};
+use serde::de::DeserializeOwned;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::k8s::error::{self, Kind};
+
+/// First and longest wait after a failure. The longest is short: it is what a user waits after an outage has ended.
+const FIRST_DELAY: Duration = Duration::from_millis(100);
+const LONGEST_DELAY: Duration = Duration::from_secs(5);
+
+/// A list asked for out of turn comes at most this often.
+const SHORTEST_POLL: Duration = Duration::from_millis(250);
+
+/// What to follow.
+#[derive(Debug, Clone)]
+pub(super) enum Selection {
+    /// The one object of this name.
+    Name(String),
+    /// All objects with matching labels.
+    Labels(String),
+}
+
+/// The list each time it changed, or the error of a try that failed; it goes on after errors by itself.
+pub(super) type Following<K> = BoxStream<'static, Result<Vec<K>, kube::Error>>;
+
+/// Starts to follow. `recheck` asks for a list at once where the list is polled.
+pub(super) fn follow<K>(api: Api<K>, selection: Selection, poll: Duration, recheck: Arc<Notify>) -> Following<K>
+where
+    K: Resource + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
+{
+    let mode = Mode::watch(&api, &selection);
+    let follower = Follower {
+        api,
+        selection,
+        poll,
+        recheck,
+        mode,
+        listed: BTreeMap::new(),
+        staged: BTreeMap::new(),
+        wait: None,
+        delay: FIRST_DELAY,
+    };
+    stream::unfold(follower, |mut follower| async move { Some((follower.next().await, follower)) }).boxed()
+}
+
+/// How news arrive.
+enum Mode<K> {
+    /// By a watch.
+    Watch(BoxStream<'static, watcher::Result<Event<K>>>),
+    /// By a list every now and then: `watch` is refused.
+    List,
+    /// By a GET every now and then: `list` is refused too.
+    Get(String),
+}
+
+impl<K> Mode<K>
+where
+    K: Resource + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
+{
+    fn watch(api: &Api<K>, selection: &Selection) -> Self {
+        let config = match selection {
+            Selection::Name(name) => watcher::Config::default().fields(&format!("metadata.name={name}")),
+            Selection::Labels(labels) => watcher::Config::default().labels(labels),
+        };
+        Self::Watch(watcher::watcher(api.clone(), config).boxed())
+    }
+}
+
+struct Follower<K> {
+    api: Api<K>,
+    selection: Selection,
+    /// Time between lists where watching is refused.
+    poll: Duration,
+    /// Asks for a list before its time.
+    recheck: Arc<Notify>,
+    mode: Mode<K>,
+    /// The list as last yielded, by name.
+    listed: BTreeMap<String, K>,
+    /// The list that a watch is delivering.
+    staged: BTreeMap<String, K>,
+    /// What to wait for before the next try.
+    wait: Option<Wait>,
+    /// The wait after the next failure.
+    delay: Duration,
+}
+
+/// A wait before the next try.
+enum Wait {
+    /// After a failure.
+    Until(Instant),
+    /// Between two lists; ends early when somebody asks.
+    Poll { earliest: Instant, latest: Instant },
+}
+
+impl<K> Follower<K>
+where
+    K: Resource + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
+{
+    async fn next(&mut self) -> Result<Vec<K>, kube::Error> {
+        loop {
+            self.wait().await;
+            match self.step().await {
+                Ok(Some(list)) => {
+                    self.delay = FIRST_DELAY;
+                    return Ok(list);
+                }
+                Ok(None) => {}
+                Err(failure) if self.step_down(&failure) => {}
+                Err(Failure { error, .. }) => {
+                    self.wait = Some(Wait::Until(Instant::now() + self.delay));
+                    self.delay = (self.delay * 2).min(LONGEST_DELAY);
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    async fn wait(&mut self) {
+        match self.wait.take() {
+            None => {}
+            Some(Wait::Until(time)) => tokio::time::sleep_until(time).await,
+            Some(Wait::Poll { earliest, latest }) => {
+                tokio::time::sleep_until(earliest).await;
+                let _ = tokio::time::timeout_at(latest, self.recheck.notified()).await;
+            }
+        }
+    }
+
+    /// Takes one event or one list. `None`: nothing to tell yet.
+    async fn step(&mut self) -> Result<Option<Vec<K>>, Failure> {
+        let items = match &mut self.mode {
+            Mode::Watch(events) => match events.next().await {
+                Some(Ok(event)) => return Ok(self.take(event)),
+                Some(Err(error)) => return Err(error.into()),
+                None => {
+                    self.mode = Mode::watch(&self.api, &self.selection);
+                    return Ok(None);
+                }
+            },
+            Mode::List => {
+                let params = match &self.selection {
+                    Selection::Name(name) => ListParams::default().fields(&format!("metadata.name={name}")),
+                    Selection::Labels(labels) => ListParams::default().labels(labels),
+                };
+                self.api.list(&params).await?.items
+            }
+            Mode::Get(name) => self.api.get_opt(name).await?.into_iter().collect(),
+        };
+        let now = Instant::now();
+        self.wait = Some(Wait::Poll { earliest: now + SHORTEST_POLL.min(self.poll), latest: now + self.poll });
+        Ok(Some(items))
+    }
+
+    fn take(&mut self, event: Event<K>) -> Option<Vec<K>> {
+        match event {
+            Event::Init => {
+                self.staged.clear();
+                return None;
+            }
+            Event::InitApply(object) => {
+                self.staged.insert(object.name_any(), object);
+                return None;
+            }
+            Event::InitDone => self.listed = std::mem::take(&mut self.staged),
+            Event::Apply(object) => drop(self.listed.insert(object.name_any(), object)),
+            Event::Delete(object) => drop(self.listed.remove(&object.name_any())),
+        }
+        Some(self.listed.values().cloned().collect())
+    }
+
+    /// Makes do with fewer rights: watch, then list, then get. Returns false when there is nothing below.
+    fn step_down(&mut self, failure: &Failure) -> bool {
+        if error::kind(&failure.error) != Kind::Forbidden {
+            return false;
+        }
+        self.mode = match (&self.mode, &self.selection) {
+            (Mode::Watch(_), _) if failure.watching => Mode::List,
+            (Mode::Watch(_) | Mode::List, Selection::Name(name)) => Mode::Get(name.clone()),
+            _ => return false,
+        };
+        true
+    }
+}
+
+/// A try that failed.
+struct Failure {
+    /// Whether the list was there and only the watch failed.
+    watching: bool,
+    error: kube::Error,
+}
+
+impl From<kube::Error> for Failure {
+    fn from(error: kube::Error) -> Self {
+        Self { watching: false, error }
+    }
+}
+
+impl From<watcher::Error> for Failure {
+    fn from(error: watcher::Error) -> Self {
+        let (watching, error) = match error {
+            watcher::Error::InitialListFailed(error) => (false, error),
+            watcher::Error::WatchStartFailed(error) | watcher::Error::WatchFailed(error) => (true, error),
+            watcher::Error::WatchError(status) => (true, kube::Error::Api(status)),
+            watcher::Error::NoResourceVersion => (true, kube::Error::Service("the list has no resourceVersion".into())),
+        };
+        Self { watching, error }
+    }
+}

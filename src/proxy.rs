@@ -1,0 +1,107 @@
+//! The proxy: one listener, whose connections are told apart by their first bytes, and whose requests go to pods by the
+//! Service that their host names.
+
+mod body;
+pub mod detect;
+mod error;
+mod http;
+mod listener;
+mod own;
+mod reply;
+mod retry;
+mod route;
+mod upstream;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::drain::Drain;
+use crate::name::Naming;
+use crate::registry::{Cursor, Registry};
+use crate::transport::Connect;
+
+pub use error::{Error, Reply};
+pub use listener::{Bind, BindError, Listener};
+pub use retry::RetryPolicy;
+
+/// Settings of the proxy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Where to listen.
+    pub bind: Bind,
+    /// The one port; 0 takes any free one.
+    pub port: u16,
+    /// How host names are read.
+    pub naming: Naming,
+    /// What is tried again.
+    pub retry: RetryPolicy,
+    /// How long a client may take to say which protocol it speaks, and to send the headers of a request.
+    pub header_timeout: Duration,
+    /// How long a connection to a pod is kept without use.
+    pub idle_timeout: Duration,
+}
+
+/// What every request needs.
+#[derive(Debug)]
+struct Context {
+    naming: Naming,
+    retry: RetryPolicy,
+    header_timeout: Duration,
+    registry: Registry,
+    upstream: upstream::Upstream,
+    /// Makes endpoints with equal load take turns.
+    cursor: Cursor,
+    /// The connections of clients, which are what shutdown waits for.
+    clients: Drain,
+}
+
+/// A proxy whose listeners are bound.
+#[derive(Debug)]
+pub struct Proxy {
+    listener: Listener,
+    context: Arc<Context>,
+}
+
+impl Proxy {
+    /// Puts the proxy together. Clients' connections run under `clients`; those to pods run under `pods`, which must be
+    /// drained afterwards.
+    #[must_use]
+    pub fn new(
+        listener: Listener,
+        config: &Config,
+        registry: Registry,
+        connect: Arc<dyn Connect>,
+        clients: Drain,
+        pods: Drain,
+    ) -> Self {
+        let context = Context {
+            naming: config.naming.clone(),
+            retry: config.retry,
+            header_timeout: config.header_timeout,
+            registry,
+            upstream: upstream::Upstream::new(connect, config.idle_timeout, pods),
+            cursor: Cursor::default(),
+            clients,
+        };
+        Self { listener, context: Arc::new(context) }
+    }
+
+    /// Returns the addresses that clients may connect to.
+    #[must_use]
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.listener.addresses()
+    }
+
+    /// Accepts clients until their drain starts. Their connections go on until they end or the drain is forced.
+    pub async fn run(self) {
+        let Self { listener, context } = self;
+        let clients = context.clients.clone();
+        listener
+            .run(&clients, move |stream, client| {
+                let context = context.clone();
+                async move { http::serve(context, stream, client).await }
+            })
+            .await;
+    }
+}

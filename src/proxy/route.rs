@@ -1,0 +1,214 @@
+//! Which endpoints a request may go to: a pure function of the Service, the port that was asked for and the client's protocol.
+
+use std::sync::Arc;
+
+use crate::proxy::error::Error;
+use crate::registry::{Endpoint, Protocol, ServiceKind, ServicePort, View};
+
+/// The pods' port of a Service that declares none: documented last resort of the seed.
+const PORT_OF_LAST_RESORT: u16 = 8080;
+
+/// Where a request may go.
+#[derive(Debug)]
+pub(crate) struct Route {
+    /// The endpoints that may get it, each with the port to connect to; never empty.
+    pub(crate) candidates: Vec<(Arc<Endpoint>, u16)>,
+    /// What the port says about its protocol.
+    pub(crate) hint: Hint,
+}
+
+/// What a Service port declares about the protocol behind it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Hint {
+    /// HTTP/2 in clear text.
+    H2c,
+    /// Nothing of use.
+    None,
+}
+
+/// Finds the candidates of a request to `port` of the Service, or to the endpoint named `hostname`.
+///
+/// # Errors
+/// [`Error::NoSuchPort`], [`Error::NoEndpoint`] or [`Error::ExternalName`].
+pub(crate) fn route(view: &View, port: u16, hostname: Option<&str>) -> Result<Route, Error> {
+    let service = &view.service;
+    if let ServiceKind::ExternalName(name) = &service.kind {
+        return Err(Error::ExternalName(service.name.clone(), name.clone()));
+    }
+    let port = choose_port(view, port)?;
+    let number = |endpoint: &Endpoint| match port {
+        Some(port) => endpoint.ports.get(&port.name).copied(),
+        None => Some(PORT_OF_LAST_RESORT),
+    };
+    let named = |endpoint: &Endpoint| hostname.is_none() || endpoint.hostname.as_deref() == hostname;
+    let candidates: Vec<_> = view
+        .endpoints
+        .iter()
+        .filter(|endpoint| view.serves(endpoint) && named(endpoint))
+        .filter_map(|endpoint| Some((endpoint.clone(), number(endpoint)?)))
+        .collect();
+    if candidates.is_empty() {
+        return Err(Error::NoEndpoint { service: service.name.clone(), detail: missing(view, hostname) });
+    }
+    Ok(Route { candidates, hint: port.map_or(Hint::None, hint) })
+}
+
+/// A Service with one TCP port serves it whatever the number; otherwise the number must be one of its own.
+fn choose_port(view: &View, wanted: u16) -> Result<Option<&ServicePort>, Error> {
+    let ports = &view.service.ports;
+    if ports.is_empty() {
+        return Ok(None);
+    }
+    let mut tcp = ports.iter().filter(|port| port.protocol == Protocol::Tcp);
+    if let Some(port) = tcp.clone().find(|port| port.number == wanted) {
+        return Ok(Some(port));
+    }
+    match (tcp.next(), tcp.next()) {
+        (Some(only), None) if ports.len() == 1 => Ok(Some(only)),
+        _ => Err(Error::NoSuchPort { service: view.service.name.clone(), port: wanted, known: list(ports) }),
+    }
+}
+
+fn list(ports: &[ServicePort]) -> String {
+    let words = ports.iter().map(|port| {
+        let name = if port.name.is_empty() { String::new() } else { format!(" ({})", port.name) };
+        match port.protocol {
+            Protocol::Tcp => format!("{}{name}", port.number),
+            Protocol::Udp => format!("{}/UDP{name}, which a port-forward cannot carry", port.number),
+            Protocol::Sctp => format!("{}/SCTP{name}, which a port-forward cannot carry", port.number),
+        }
+    });
+    words.collect::<Vec<_>>().join(", ")
+}
+
+/// Reads `appProtocol` (KEP-3726 and the values that meshes use) and else the port's name, by the usual prefixes.
+fn hint(port: &ServicePort) -> Hint {
+    let word = match &port.app_protocol {
+        Some(protocol) => protocol.to_ascii_lowercase(),
+        None => port.name.split('-').next().unwrap_or_default().to_owned(),
+    };
+    match word.as_str() {
+        "kubernetes.io/h2c" | "h2c" | "http2" | "grpc" => Hint::H2c,
+        _ => Hint::None,
+    }
+}
+
+fn missing(view: &View, hostname: Option<&str>) -> String {
+    let total = view.endpoints.len();
+    let terminating = view.endpoints.iter().filter(|endpoint| endpoint.terminating).count();
+    match (total, hostname) {
+        (0, _) if !view.service.has_selector => "it has no selector, and no pods were assigned to it".into(),
+        (0, _) => "its selector matches no pod".into(),
+        (_, Some(hostname)) => format!("none is called {hostname:?} and ready"),
+        _ => format!("{total} found, {terminating} of them terminating, the others not ready or without that port"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::name::{PortRef, ServiceName};
+    use crate::registry::{PodRef, Service};
+
+    fn port(name: &str, number: u16, protocol: Protocol) -> ServicePort {
+        ServicePort { name: name.into(), number, protocol, app_protocol: None, target: PortRef::Number(number) }
+    }
+
+    fn endpoint(name: &str, ports: &[(&str, u16)]) -> Arc<Endpoint> {
+        Arc::new(Endpoint {
+            pod: PodRef { namespace: "default".into(), name: name.into(), uid: name.into() },
+            hostname: Some(name.into()),
+            ready: true,
+            terminating: false,
+            ports: ports.iter().map(|(name, number)| ((*name).to_owned(), *number)).collect(),
+            load: Arc::default(),
+        })
+    }
+
+    fn view(ports: Vec<ServicePort>, endpoints: Vec<Arc<Endpoint>>) -> View {
+        let service = Service {
+            name: ServiceName::new("default", "web").unwrap(),
+            kind: ServiceKind::Virtual,
+            ports,
+            has_selector: true,
+            publish_not_ready: false,
+        };
+        View { service, endpoints }
+    }
+
+    fn chosen(route: &Route) -> Vec<(&str, u16)> {
+        route.candidates.iter().map(|(endpoint, port)| (&*endpoint.pod.name, *port)).collect()
+    }
+
+    #[test]
+    fn a_service_with_one_port_serves_it_whatever_the_number() {
+        let view = view(vec![port("http", 80, Protocol::Tcp)], vec![endpoint("a", &[("http", 8080)])]);
+        for asked in [80, 8080, 9999] {
+            assert_eq!(chosen(&route(&view, asked, None).unwrap()), [("a", 8080)]);
+        }
+    }
+
+    #[test]
+    fn several_ports_need_the_exact_number_and_the_error_lists_them() {
+        let ports = vec![port("http", 80, Protocol::Tcp), port("admin", 9090, Protocol::Tcp), port("dns", 53, Protocol::Udp)];
+        let view = view(ports, vec![endpoint("a", &[("http", 8080), ("admin", 9091)])]);
+        assert_eq!(chosen(&route(&view, 80, None).unwrap()), [("a", 8080)]);
+        assert_eq!(chosen(&route(&view, 9090, None).unwrap()), [("a", 9091)]);
+        let error = route(&view, 8080, None).unwrap_err().to_string();
+        assert!(error.contains("80 (http), 9090 (admin), 53/UDP (dns)"), "{error}");
+        assert!(matches!(route(&view, 53, None), Err(Error::NoSuchPort { .. })));
+    }
+
+    #[test]
+    fn a_named_target_is_taken_from_each_pod() {
+        let endpoints = vec![endpoint("old", &[("http", 8080)]), endpoint("new", &[("http", 8081)])];
+        let view = view(vec![port("http", 80, Protocol::Tcp)], endpoints);
+        assert_eq!(chosen(&route(&view, 80, None).unwrap()), [("old", 8080), ("new", 8081)]);
+    }
+
+    #[test]
+    fn unready_and_terminating_pods_get_nothing() {
+        let mut unready = (*endpoint("unready", &[("http", 1)])).clone();
+        unready.ready = false;
+        let mut leaving = (*endpoint("leaving", &[("http", 1)])).clone();
+        leaving.terminating = true;
+        let mut view = view(vec![port("http", 80, Protocol::Tcp)], vec![Arc::new(unready), Arc::new(leaving)]);
+        let error = route(&view, 80, None).unwrap_err();
+        assert_eq!(error.reply().status, 503);
+        view.service.publish_not_ready = true;
+        assert_eq!(chosen(&route(&view, 80, None).unwrap()), [("unready", 1)]);
+    }
+
+    #[test]
+    fn a_host_name_picks_that_endpoint() {
+        let endpoints = vec![endpoint("db-0", &[("", 5432)]), endpoint("db-1", &[("", 5432)])];
+        let view = view(vec![port("", 5432, Protocol::Tcp)], endpoints);
+        assert_eq!(chosen(&route(&view, 80, Some("db-1")).unwrap()), [("db-1", 5432)]);
+        assert!(route(&view, 80, Some("db-7")).is_err());
+    }
+
+    #[test]
+    fn a_service_without_ports_is_tried_on_8080() {
+        let view = view(vec![], vec![endpoint("a", &[])]);
+        assert_eq!(chosen(&route(&view, 80, None).unwrap()), [("a", 8080)]);
+    }
+
+    #[test]
+    fn an_external_name_is_refused_with_its_target() {
+        let mut view = view(vec![], vec![]);
+        view.service.kind = ServiceKind::ExternalName("example.org".into());
+        assert!(route(&view, 80, None).unwrap_err().to_string().contains("example.org"));
+    }
+
+    #[test]
+    fn app_protocol_and_port_names_hint_at_h2c() {
+        let with = |name: &str, app_protocol: Option<&str>| ServicePort {
+            app_protocol: app_protocol.map(str::to_owned),
+            ..port(name, 80, Protocol::Tcp)
+        };
+        assert_eq!(hint(&with("x", Some("kubernetes.io/h2c"))), Hint::H2c);
+        assert_eq!(hint(&with("grpc-api", None)), Hint::H2c);
+        assert_eq!(hint(&with("grpc", Some("http"))), Hint::None, "appProtocol wins over the name");
+        assert_eq!(hint(&with("http", None)), Hint::None);
+    }
+}

@@ -1,0 +1,69 @@
+//! One endpoint of a Service: a pod, its state, and how busy we keep it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Names one pod, in this incarnation.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PodRef {
+    /// The pod's namespace.
+    pub namespace: Arc<str>,
+    /// The pod's name.
+    pub name: Arc<str>,
+    /// The object's UID: a pod that comes back under the same name is another one. Empty where the source has none.
+    pub uid: Arc<str>,
+}
+
+impl fmt::Display for PodRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// One endpoint, from an EndpointSlice or from a pod that the selector matches.
+#[derive(Debug, Clone)]
+pub struct Endpoint {
+    /// The pod behind it; a port-forward needs one.
+    pub pod: PodRef,
+    /// The pod's DNS host name within a headless Service.
+    pub hostname: Option<Arc<str>>,
+    /// Whether it may get traffic, as its readiness probe says.
+    pub ready: bool,
+    /// Whether its pod is being deleted.
+    pub terminating: bool,
+    /// The pod's port number for each TCP port of the Service, by the Service port's name.
+    pub ports: BTreeMap<String, u16>,
+    /// How many requests we have under way there; survives updates of the endpoint.
+    pub load: Arc<Load>,
+}
+
+/// Counts the requests that are under way to one endpoint.
+#[derive(Debug, Default)]
+pub struct Load(AtomicUsize);
+
+impl Load {
+    /// Counts one request until the returned guard is dropped.
+    #[must_use]
+    pub fn begin(self: &Arc<Self>) -> InFlight {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        InFlight(self.clone())
+    }
+
+    /// Returns how many requests are under way.
+    #[must_use]
+    pub fn get(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// One request under way; dropping it ends the count.
+#[derive(Debug)]
+pub struct InFlight(Arc<Load>);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}

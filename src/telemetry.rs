@@ -1,0 +1,147 @@
+//! What the program says about itself: log format, level and colour. One line per event on stderr, time in RFC 3339.
+
+use std::fmt;
+use std::io::{self, IsTerminal};
+use std::str::FromStr;
+
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::FormatTime;
+
+/// The target of access records, so that `kube_tunnel::access=off` silences exactly them.
+pub const ACCESS: &str = "kube_tunnel::access";
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Format {
+    /// `time LEVEL message key=value …`, for people.
+    #[default]
+    Text,
+    /// One JSON object per line, for collectors.
+    Json,
+}
+
+impl FromStr for Format {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.to_ascii_lowercase().as_str() {
+            "text" => Ok(Self::Text),
+            "json" => Ok(Self::Json),
+            _ => Err("expected text or json".into()),
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Text => "text",
+            Self::Json => "json",
+        })
+    }
+}
+
+/// Which events are logged: a level for our own code, or directives in the syntax of `RUST_LOG`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Filter {
+    /// The text as it was given, for showing the configuration.
+    given: String,
+    /// The directives it stands for.
+    directives: String,
+}
+
+impl Default for Filter {
+    fn default() -> Self {
+        Self::level("info")
+    }
+}
+
+impl Filter {
+    /// Libraries speak up only for what an operator should see; kube's watcher repeats every refusal we already report.
+    fn level(level: &str) -> Self {
+        Self {
+            given: level.into(),
+            directives: format!("warn,kube_client=error,kube_runtime=error,kube_tunnel={level}"),
+        }
+    }
+}
+
+impl FromStr for Filter {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let level = text.trim().to_ascii_lowercase();
+        match level.as_str() {
+            "error" | "warn" | "info" | "debug" | "trace" => Ok(Self::level(&level)),
+            "warning" => Ok(Self::level("warn")),
+            _ if text.contains('=') || text.contains(',') => {
+                EnvFilter::try_new(text).map_err(|error| error.to_string())?;
+                Ok(Self { given: text.into(), directives: text.into() })
+            }
+            _ => Err("expected error, warn, info, debug, trace or directives such as kube_tunnel=debug,info".into()),
+        }
+    }
+}
+
+impl fmt::Display for Filter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.given)
+    }
+}
+
+/// Settings of the log.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Config {
+    /// Which events are logged.
+    pub filter: Filter,
+    /// How they look.
+    pub format: Format,
+}
+
+/// Prints the time as RFC 3339 in UTC with milliseconds.
+#[derive(Debug)]
+struct Rfc3339;
+
+impl FormatTime for Rfc3339 {
+    fn format_time(&self, w: &mut Writer<'_>) -> fmt::Result {
+        write!(w, "{:.3}", jiff::Timestamp::now())
+    }
+}
+
+/// Installs the log for the whole process. Colour only on a terminal, and never when `NO_COLOR` is set (no-color.org).
+///
+/// A second call changes nothing, so that tests may call it freely.
+pub fn init(config: &Config) {
+    let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new(&config.filter.directives))
+        .with_timer(Rfc3339)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal() && !no_color);
+    // An error means that a log is installed already.
+    let _ = match config.format {
+        Format::Text => builder.with_target(false).try_init(),
+        Format::Json => builder.json().flatten_event(true).with_current_span(false).with_span_list(false).try_init(),
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_are_read_in_any_case_and_with_the_alias() {
+        for (given, level) in [("INFO", "info"), ("Warning", "warn"), (" debug ", "debug"), ("trace", "trace")] {
+            assert_eq!(given.parse::<Filter>().unwrap(), Filter::level(level), "{given}");
+        }
+    }
+
+    #[test]
+    fn directives_pass_through_and_nonsense_is_refused() {
+        let filter: Filter = "kube_tunnel::proxy=trace,hyper=debug".parse().unwrap();
+        assert_eq!(filter.directives, "kube_tunnel::proxy=trace,hyper=debug");
+        assert!("loud".parse::<Filter>().is_err());
+        assert!("kube_tunnel=loud".parse::<Filter>().is_err());
+    }
+}
