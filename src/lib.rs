@@ -2,6 +2,9 @@
 //!
 //! `ARCHITECTURE.md` tells the levels of these modules and one request's way through them; `tests/layering.rs` keeps them.
 
+pub mod app;
+pub mod cli;
+pub mod config;
 pub mod drain;
 pub mod k8s;
 pub mod name;

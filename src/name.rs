@@ -84,7 +84,10 @@ impl ServiceName {
     /// # Errors
     /// [`NameError::Label`] when a part is not an RFC 1123 label.
     pub fn new(namespace: &str, name: &str) -> Result<Self, NameError> {
-        Ok(Self { namespace: label(namespace)?, name: label(name)? })
+        Ok(Self {
+            namespace: label(namespace)?,
+            name: label(name)?,
+        })
     }
 
     /// Returns the namespace.
@@ -172,7 +175,10 @@ impl Naming {
     /// A [`NameError`] for a malformed host or port, or a host inside the zone that cannot name a Service.
     pub fn parse(&self, authority: &str) -> Result<Authority, NameError> {
         let (host, port) = split_port(authority)?;
-        Ok(Authority { host: self.parse_host(host)?, port })
+        Ok(Authority {
+            host: self.parse_host(host)?,
+            port,
+        })
     }
 
     fn parse_host(&self, host: &str) -> Result<Host, NameError> {
@@ -187,7 +193,10 @@ impl Naming {
         if name == "localhost" || name.ends_with(".localhost") {
             return Ok(Host::Own);
         }
-        if !name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_')) {
+        if !name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'))
+        {
             return Err(NameError::Host(host.into()));
         }
         self.parse_name(name)
@@ -233,7 +242,9 @@ fn split_port(authority: &str) -> Result<(&str, Option<u16>), NameError> {
         Some(end) => authority[end..].find(':').map(|at| end + at),
         None => authority.rfind(':'),
     };
-    let Some(colon) = colon else { return Ok((authority, None)) };
+    let Some(colon) = colon else {
+        return Ok((authority, None));
+    };
     let (host, port) = (&authority[..colon], &authority[colon + 1..]);
     if host.contains(':') && !host.starts_with('[') {
         // A bare IPv6 literal is no legal authority (RFC 3986 section 3.2.2).
@@ -253,7 +264,9 @@ fn split_port(authority: &str) -> Result<(&str, Option<u16>), NameError> {
 fn label(text: &str) -> Result<Arc<str>, NameError> {
     let bytes = text.as_bytes();
     let fits = (1..=MAX_LABEL).contains(&bytes.len());
-    let charset = bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-');
+    let charset = bytes
+        .iter()
+        .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-');
     if fits && charset && bytes.first() != Some(&b'-') && bytes.last() != Some(&b'-') {
         Ok(text.into())
     } else {
@@ -271,7 +284,10 @@ mod tests {
     }
 
     fn service(namespace: &str, name: &str) -> Host {
-        Host::Service { service: ServiceName::new(namespace, name).unwrap(), hostname: None }
+        Host::Service {
+            service: ServiceName::new(namespace, name).unwrap(),
+            hostname: None,
+        }
     }
 
     #[test]
@@ -290,15 +306,27 @@ mod tests {
     #[test]
     fn a_port_is_taken_from_the_authority() {
         assert_eq!(parse("web.shop.svc.cluster.local:9090").unwrap().port, Some(9090));
-        assert_eq!(parse("web.shop.svc.cluster.local.:9090").unwrap().port, Some(9090));
+        assert_eq!(
+            parse("web.shop.svc.cluster.local.:9090").unwrap().port,
+            Some(9090)
+        );
         assert_eq!(parse("web.shop:").unwrap().port, None);
-        assert_eq!(parse("[::1]:8080").unwrap(), Authority { host: Host::Own, port: Some(8080) });
+        assert_eq!(
+            parse("[::1]:8080").unwrap(),
+            Authority {
+                host: Host::Own,
+                port: Some(8080)
+            }
+        );
     }
 
     #[test]
     fn a_bare_name_needs_a_namespace() {
         assert_eq!(parse("web").unwrap().host, Host::Unknown);
-        let naming = Naming { namespace: Some("shop".into()), ..Naming::default() };
+        let naming = Naming {
+            namespace: Some("shop".into()),
+            ..Naming::default()
+        };
         assert_eq!(naming.parse("web").unwrap().host, service("shop", "web"));
     }
 
@@ -306,12 +334,26 @@ mod tests {
     fn a_pod_of_a_headless_service_is_named_by_its_host_name() {
         let host = parse("db-0.db.shop.svc.cluster.local").unwrap().host;
         let service = ServiceName::new("shop", "db").unwrap();
-        assert_eq!(host, Host::Service { service, hostname: Some("db-0".into()) });
+        assert_eq!(
+            host,
+            Host::Service {
+                service,
+                hostname: Some("db-0".into())
+            }
+        );
     }
 
     #[test]
     fn own_and_unknown_hosts_are_told_apart() {
-        for own in ["localhost", "LOCALHOST:80", "kube.localhost", "127.0.0.1", "127.0.0.1:8080", "[::1]", ""] {
+        for own in [
+            "localhost",
+            "LOCALHOST:80",
+            "kube.localhost",
+            "127.0.0.1",
+            "127.0.0.1:8080",
+            "[::1]",
+            "",
+        ] {
             assert_eq!(parse(own).unwrap().host, Host::Own, "{own}");
         }
         for unknown in ["www.example.com", "a.b.svc.evil.local", "svc", "a.b.c.d.e"] {
@@ -343,10 +385,22 @@ mod tests {
 
     #[test]
     fn another_zone_is_exact() {
-        let naming = Naming { zone: "k8s.example".parse().unwrap(), namespace: None };
-        assert_eq!(naming.parse("web.shop.svc.k8s.example").unwrap().host, service("shop", "web"));
-        assert_eq!(naming.parse("web.shop.svc.cluster.local").unwrap().host, Host::Unknown);
-        assert_eq!(naming.parse("web.shop.svc.notk8s.example").unwrap().host, Host::Unknown);
+        let naming = Naming {
+            zone: "k8s.example".parse().unwrap(),
+            namespace: None,
+        };
+        assert_eq!(
+            naming.parse("web.shop.svc.k8s.example").unwrap().host,
+            service("shop", "web")
+        );
+        assert_eq!(
+            naming.parse("web.shop.svc.cluster.local").unwrap().host,
+            Host::Unknown
+        );
+        assert_eq!(
+            naming.parse("web.shop.svc.notk8s.example").unwrap().host,
+            Host::Unknown
+        );
     }
 
     proptest! {

@@ -84,7 +84,10 @@ impl Proxy {
             cursor: Cursor::default(),
             clients,
         };
-        Self { listener, context: Arc::new(context) }
+        Self {
+            listener,
+            context: Arc::new(context),
+        }
     }
 
     /// Returns the addresses that clients may connect to.

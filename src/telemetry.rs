@@ -77,9 +77,15 @@ impl FromStr for Filter {
             "warning" => Ok(Self::level("warn")),
             _ if text.contains('=') || text.contains(',') => {
                 EnvFilter::try_new(text).map_err(|error| error.to_string())?;
-                Ok(Self { given: text.into(), directives: text.into() })
+                Ok(Self {
+                    given: text.into(),
+                    directives: text.into(),
+                })
             }
-            _ => Err("expected error, warn, info, debug, trace or directives such as kube_tunnel=debug,info".into()),
+            _ => Err(
+                "expected error, warn, info, debug, trace or directives such as kube_tunnel=debug,info"
+                    .into(),
+            ),
         }
     }
 }
@@ -122,7 +128,12 @@ pub fn init(config: &Config) {
     // An error means that a log is installed already.
     let _ = match config.format {
         Format::Text => builder.with_target(false).try_init(),
-        Format::Json => builder.json().flatten_event(true).with_current_span(false).with_span_list(false).try_init(),
+        Format::Json => builder
+            .json()
+            .flatten_event(true)
+            .with_current_span(false)
+            .with_span_list(false)
+            .try_init(),
     };
 }
 
@@ -132,7 +143,12 @@ mod tests {
 
     #[test]
     fn levels_are_read_in_any_case_and_with_the_alias() {
-        for (given, level) in [("INFO", "info"), ("Warning", "warn"), (" debug ", "debug"), ("trace", "trace")] {
+        for (given, level) in [
+            ("INFO", "info"),
+            ("Warning", "warn"),
+            (" debug ", "debug"),
+            ("trace", "trace"),
+        ] {
             assert_eq!(given.parse::<Filter>().unwrap(), Filter::level(level), "{given}");
         }
     }

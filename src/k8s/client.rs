@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use http::{HeaderValue, Uri};
 use hyper_util::client::legacy::Client as HttpClient;
-use hyper_util::client::legacy::connect::proxy::{SocksV5, Tunnel};
 use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::client::legacy::connect::proxy::{SocksV5, Tunnel};
 use hyper_util::rt::TokioExecutor;
 use kube::client::{ClientBuilder, ConfigExt};
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
@@ -52,7 +52,9 @@ pub enum ConnectionError {
     #[error("{0}; `kubectl config view` shows what kubectl makes of it")]
     BadConfig(String),
     /// The credentials cannot be had, or the server does not accept them.
-    #[error("the API server at {url} does not accept the credentials ({message}); log in again, then check with `kubectl auth whoami`")]
+    #[error(
+        "the API server at {url} does not accept the credentials ({message}); log in again, then check with `kubectl auth whoami`"
+    )]
     Unauthorized {
         /// The server's URL.
         url: String,
@@ -80,7 +82,9 @@ pub struct Cluster {
 
 impl std::fmt::Debug for Cluster {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Cluster").field("url", &self.url).finish_non_exhaustive()
+        f.debug_struct("Cluster")
+            .field("url", &self.url)
+            .finish_non_exhaustive()
     }
 }
 
@@ -98,9 +102,10 @@ impl Cluster {
             .await
             .expect("building a client does not panic")
             .map_err(|error| match error::kind(&error) {
-                Kind::Unauthorized => {
-                    ConnectionError::Unauthorized { url: shown, message: error::message(&error) }
-                }
+                Kind::Unauthorized => ConnectionError::Unauthorized {
+                    url: shown,
+                    message: error::message(&error),
+                },
                 _ => ConnectionError::BadConfig(error::message(&error)),
             })?;
         Ok(Self { client, url })
@@ -136,12 +141,19 @@ async fn load(config: &Config) -> Result<KubeConfig, ConnectionError> {
     let bad = |error: KubeconfigError| ConnectionError::BadConfig(error::one_line(&error.to_string()));
     let Some(merged) = read(config.kubeconfig.as_deref())? else {
         return KubeConfig::incluster().map_err(|_| {
-            let default = default_path().map_or_else(|| "~/.kube/config".into(), |path| path.display().to_string());
+            let default =
+                default_path().map_or_else(|| "~/.kube/config".into(), |path| path.display().to_string());
             ConnectionError::NoConfig(default)
         });
     };
-    let options = KubeConfigOptions { context: config.context.clone(), cluster: None, user: None };
-    KubeConfig::from_custom_kubeconfig(merged, &options).await.map_err(bad)
+    let options = KubeConfigOptions {
+        context: config.context.clone(),
+        cluster: None,
+        user: None,
+    };
+    KubeConfig::from_custom_kubeconfig(merged, &options)
+        .await
+        .map_err(bad)
 }
 
 /// Reads and merges the kubeconfig files, or finds none. Files of the list that do not exist are passed over as kubectl
@@ -149,20 +161,27 @@ async fn load(config: &Config) -> Result<KubeConfig, ConnectionError> {
 fn read(explicit: Option<&Path>) -> Result<Option<Kubeconfig>, ConnectionError> {
     let paths = match (explicit, std::env::var_os(KUBECONFIG)) {
         (Some(path), _) => vec![path.to_path_buf()],
-        (None, Some(list)) if !list.is_empty() => {
-            std::env::split_paths(&list).filter(|path| !path.as_os_str().is_empty()).collect()
-        }
+        (None, Some(list)) if !list.is_empty() => std::env::split_paths(&list)
+            .filter(|path| !path.as_os_str().is_empty())
+            .collect(),
         _ => default_path().into_iter().collect(),
     };
     let mut merged: Option<Kubeconfig> = None;
     for path in paths {
-        let bad = |text: &str| ConnectionError::BadConfig(format!("kubeconfig {}: {}", path.display(), error::one_line(text)));
+        let bad = |text: &str| {
+            ConnectionError::BadConfig(format!(
+                "kubeconfig {}: {}",
+                path.display(),
+                error::one_line(text)
+            ))
+        };
         match Kubeconfig::read_from(&path) {
             Ok(next) => {
                 let all = merged.unwrap_or_default().merge(next);
                 merged = Some(all.map_err(|error| bad(&error.to_string()))?);
             }
-            Err(KubeconfigError::ReadConfig(error, _)) if explicit.is_none() && error.kind() == io::ErrorKind::NotFound => {}
+            Err(KubeconfigError::ReadConfig(error, _))
+                if explicit.is_none() && error.kind() == io::ErrorKind::NotFound => {}
             Err(KubeconfigError::ReadConfig(error, _)) => return Err(bad(&error.to_string())),
             Err(error) => return Err(bad(&error.to_string())),
         }
@@ -186,7 +205,9 @@ fn build(config: &KubeConfig, timeout: Duration) -> Result<Client, kube::Error> 
     #[cfg(target_os = "linux")]
     tcp.set_tcp_user_timeout(Some(KEEP_ALIVE));
 
-    let Some(proxy) = config.proxy_url.clone() else { return stack(config, tcp, timeout) };
+    let Some(proxy) = config.proxy_url.clone() else {
+        return stack(config, tcp, timeout);
+    };
     match proxy.scheme_str() {
         Some("socks5") => stack(config, SocksV5::new(proxy, tcp), timeout),
         Some("http") => stack(config, tunnel(&proxy, tcp), timeout),
@@ -194,20 +215,25 @@ fn build(config: &KubeConfig, timeout: Duration) -> Result<Client, kube::Error> 
             let tls = config.rustls_https_connector_with_connector(tcp)?;
             stack(config, tunnel(&proxy, tls), timeout)
         }
-        _ => Err(kube::Error::ProxyProtocolUnsupported { proxy_url: Box::new(proxy) }),
+        _ => Err(kube::Error::ProxyProtocolUnsupported {
+            proxy_url: Box::new(proxy),
+        }),
     }
 }
 
 fn stack<C>(config: &KubeConfig, connector: C, timeout: Duration) -> Result<Client, kube::Error>
 where
     C: tower::Service<Uri> + Clone + Send + Sync + 'static,
-    C::Response: hyper::rt::Read + hyper::rt::Write + hyper_util::client::legacy::connect::Connection + Send + Unpin,
+    C::Response:
+        hyper::rt::Read + hyper::rt::Write + hyper_util::client::legacy::connect::Connection + Send + Unpin,
     C::Future: Send + 'static,
     C::Error: std::error::Error + Send + Sync + 'static,
     C::Error: Into<BoxError>,
 {
     let https = config.rustls_https_connector_with_connector(connector)?;
-    let http = HttpClient::builder(TokioExecutor::new()).pool_timer(hyper_util::rt::TokioTimer::new()).build(https);
+    let http = HttpClient::builder(TokioExecutor::new())
+        .pool_timer(hyper_util::rt::TokioTimer::new())
+        .build(https);
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer()?)
@@ -222,10 +248,17 @@ where
 fn tunnel<C>(proxy: &Uri, connector: C) -> Tunnel<C> {
     use base64::Engine as _;
     let tunnel = Tunnel::new(proxy.clone(), connector);
-    let user_info = proxy.authority().and_then(|authority| authority.as_str().rsplit_once('@'));
-    let Some((user_info, _)) = user_info else { return tunnel };
+    let user_info = proxy
+        .authority()
+        .and_then(|authority| authority.as_str().rsplit_once('@'));
+    let Some((user_info, _)) = user_info else {
+        return tunnel;
+    };
     let decoded: Vec<u8> = percent_encoding::percent_decode_str(user_info).collect();
-    let basic = format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(decoded));
+    let basic = format!(
+        "Basic {}",
+        base64::engine::general_purpose::STANDARD.encode(decoded)
+    );
     match HeaderValue::from_str(&basic) {
         Ok(mut header) => {
             header.set_sensitive(true);

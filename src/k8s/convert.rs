@@ -24,7 +24,12 @@ pub(super) fn service(name: ServiceName, object: &KubeService) -> Service {
     Service {
         name,
         kind,
-        ports: spec.ports.unwrap_or_default().iter().filter_map(service_port).collect(),
+        ports: spec
+            .ports
+            .unwrap_or_default()
+            .iter()
+            .filter_map(service_port)
+            .collect(),
         has_selector: spec.selector.is_some_and(|selector| !selector.is_empty()),
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
     }
@@ -44,7 +49,9 @@ fn service_port(port: &KubePort) -> Option<ServicePort> {
         target: match &port.target_port {
             Some(IntOrString::String(name)) => PortRef::Name(name.clone()),
             // "0" and an absent value both mean the Service port's own number (core/v1 ServicePort).
-            Some(IntOrString::Int(target)) => PortRef::Number(u16::try_from(*target).ok().filter(|n| *n > 0).unwrap_or(number)),
+            Some(IntOrString::Int(target)) => {
+                PortRef::Number(u16::try_from(*target).ok().filter(|n| *n > 0).unwrap_or(number))
+            }
             None => PortRef::Number(number),
         },
     })
@@ -52,8 +59,19 @@ fn service_port(port: &KubePort) -> Option<ServicePort> {
 
 /// Returns the Service's selector in the syntax of a label selector, if it has one.
 pub(super) fn selector(object: &KubeService) -> Option<String> {
-    let selector = object.spec.as_ref()?.selector.as_ref().filter(|selector| !selector.is_empty())?;
-    Some(selector.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(","))
+    let selector = object
+        .spec
+        .as_ref()?
+        .selector
+        .as_ref()
+        .filter(|selector| !selector.is_empty())?;
+    Some(
+        selector
+            .iter()
+            .map(|(key, value)| format!("{key}={value}"))
+            .collect::<Vec<_>>()
+            .join(","),
+    )
 }
 
 /// Converts the EndpointSlices of one Service. A pod with addresses of both families stands in two slices and is one
@@ -77,12 +95,27 @@ pub(super) fn endpoints_from_slices(slices: &[EndpointSlice], loads: &mut Loads)
 }
 
 fn slice_ports(ports: &[EndpointPort]) -> BTreeMap<String, u16> {
-    let tcp = ports.iter().filter(|port| port.protocol.as_deref().unwrap_or("TCP") == "TCP");
-    tcp.filter_map(|port| Some((port.name.clone().unwrap_or_default(), u16::try_from(port.port?).ok()?))).collect()
+    let tcp = ports
+        .iter()
+        .filter(|port| port.protocol.as_deref().unwrap_or("TCP") == "TCP");
+    tcp.filter_map(|port| {
+        Some((
+            port.name.clone().unwrap_or_default(),
+            u16::try_from(port.port?).ok()?,
+        ))
+    })
+    .collect()
 }
 
-fn slice_endpoint(namespace: &str, endpoint: &KubeEndpoint, ports: &BTreeMap<String, u16>) -> Option<Endpoint> {
-    let target = endpoint.target_ref.as_ref().filter(|target| target.kind.as_deref() == Some("Pod"))?;
+fn slice_endpoint(
+    namespace: &str,
+    endpoint: &KubeEndpoint,
+    ports: &BTreeMap<String, u16>,
+) -> Option<Endpoint> {
+    let target = endpoint
+        .target_ref
+        .as_ref()
+        .filter(|target| target.kind.as_deref() == Some("Pod"))?;
     let conditions = endpoint.conditions.clone().unwrap_or_default();
     Some(Endpoint {
         pod: PodRef {
@@ -102,7 +135,10 @@ fn slice_endpoint(namespace: &str, endpoint: &KubeEndpoint, ports: &BTreeMap<Str
 /// Converts the pods that a Service selects, for users who may not read EndpointSlices: does what the EndpointSlice
 /// controller would.
 pub(super) fn endpoints_from_pods(service: &Service, pods: &[Pod], loads: &mut Loads) -> Vec<Arc<Endpoint>> {
-    let found = pods.iter().filter_map(|pod| pod_endpoint(service, pod)).map(|endpoint| (endpoint.pod.clone(), endpoint));
+    let found = pods
+        .iter()
+        .filter_map(|pod| pod_endpoint(service, pod))
+        .map(|endpoint| (endpoint.pod.clone(), endpoint));
     keep_loads(found.collect(), loads)
 }
 
@@ -115,17 +151,32 @@ fn pod_endpoint(service: &Service, pod: &Pod) -> Option<Endpoint> {
     }
     let conditions = status.conditions.as_deref().unwrap_or_default();
     let spec = pod.spec.as_ref();
-    let hostname = spec.and_then(|spec| spec.hostname.as_deref().filter(|_| spec.subdomain.as_deref() == Some(service.name.name())));
+    let hostname = spec.and_then(|spec| {
+        spec.hostname
+            .as_deref()
+            .filter(|_| spec.subdomain.as_deref() == Some(service.name.name()))
+    });
     Some(Endpoint {
         pod: PodRef {
-            namespace: pod.metadata.namespace.as_deref().unwrap_or(service.name.namespace()).into(),
+            namespace: pod
+                .metadata
+                .namespace
+                .as_deref()
+                .unwrap_or(service.name.namespace())
+                .into(),
             name: pod.metadata.name.as_deref()?.into(),
             uid: pod.metadata.uid.as_deref().unwrap_or_default().into(),
         },
         hostname: hostname.map(Arc::from),
-        ready: conditions.iter().any(|condition| condition.type_ == "Ready" && condition.status == "True"),
+        ready: conditions
+            .iter()
+            .any(|condition| condition.type_ == "Ready" && condition.status == "True"),
         terminating: pod.metadata.deletion_timestamp.is_some(),
-        ports: service.ports.iter().filter_map(|port| Some((port.name.clone(), pod_port(port, pod)?))).collect(),
+        ports: service
+            .ports
+            .iter()
+            .filter_map(|port| Some((port.name.clone(), pod_port(port, pod)?)))
+            .collect(),
         load: Arc::default(),
     })
 }
@@ -139,7 +190,9 @@ fn pod_port(port: &ServicePort, pod: &Pod) -> Option<u16> {
     };
     let containers = pod.spec.as_ref()?.containers.iter();
     let mut ports = containers.flat_map(|container| container.ports.iter().flatten());
-    let found = ports.find(|port| port.name.as_deref() == Some(name) && port.protocol.as_deref().unwrap_or("TCP") == "TCP")?;
+    let found = ports.find(|port| {
+        port.name.as_deref() == Some(name) && port.protocol.as_deref().unwrap_or("TCP") == "TCP"
+    })?;
     u16::try_from(found.container_port).ok()
 }
 

@@ -158,8 +158,15 @@ impl Follower {
     /// Runs until nobody used the answer for long enough; gives back the Service's name.
     async fn run(mut self) -> ServiceName {
         loop {
-            let limit = if self.answered { self.idle_timeout } else { NEGATIVE_TTL };
-            let Some(left) = limit.checked_sub(self.writer.idle(&self.name)).filter(|left| !left.is_zero()) else {
+            let limit = if self.answered {
+                self.idle_timeout
+            } else {
+                NEGATIVE_TTL
+            };
+            let Some(left) = limit
+                .checked_sub(self.writer.idle(&self.name))
+                .filter(|left| !left.is_zero())
+            else {
                 debug!(service = %self.name, "no longer followed: nobody asked for a while");
                 return self.name;
             };
@@ -200,20 +207,30 @@ impl Follower {
                 self.endpoints = Endpoints::Unknown;
                 self.follow_pods();
             }
-            News::Service(Err(error)) | News::Slices(Err(error)) | News::Pods(Err(error)) => return self.fail(&error),
+            News::Service(Err(error)) | News::Slices(Err(error)) | News::Pods(Err(error)) => {
+                return self.fail(&error);
+            }
         }
         self.answer();
     }
 
     /// Follows the pods of the Service's selector, where EndpointSlices are refused.
     fn follow_pods(&mut self) {
-        let wanted = self.object.as_ref().and_then(|object| convert::selector(object.as_ref()?));
+        let wanted = self
+            .object
+            .as_ref()
+            .and_then(|object| convert::selector(object.as_ref()?));
         match (&self.endpoints, wanted) {
             (Endpoints::Slices(_), _) => {}
             (Endpoints::Pods { selector, .. }, Some(wanted)) if *selector == wanted => {}
             (_, Some(selector)) => {
                 let selection = Selection::Labels(selector.clone());
-                let following = follow(self.pods.clone(), selection, self.poll_interval, self.recheck.clone());
+                let following = follow(
+                    self.pods.clone(),
+                    selection,
+                    self.poll_interval,
+                    self.recheck.clone(),
+                );
                 self.endpoints = Endpoints::Pods { selector, following };
                 self.listed = None;
             }
@@ -227,7 +244,11 @@ impl Follower {
         let answer = match (object, &self.listed, &self.refused) {
             (None, ..) => Err(LookupError {
                 kind: LookupErrorKind::NotFound,
-                message: format!("services {:?} not found in namespace {:?}", self.name.name(), self.name.namespace()),
+                message: format!(
+                    "services {:?} not found in namespace {:?}",
+                    self.name.name(),
+                    self.name.namespace()
+                ),
             }),
             (Some(object), Some(listed), _) => {
                 let service = convert::service(self.name.clone(), object);
@@ -239,7 +260,10 @@ impl Follower {
             }
             (Some(object), None, Some(refused)) if convert::selector(object).is_none() => Err(LookupError {
                 kind: LookupErrorKind::Forbidden,
-                message: format!("{}; a Service without a selector has its endpoints nowhere else", refused.message),
+                message: format!(
+                    "{}; a Service without a selector has its endpoints nowhere else",
+                    refused.message
+                ),
             }),
             (Some(_), None, _) => return,
         };

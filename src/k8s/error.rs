@@ -54,7 +54,10 @@ pub(super) fn lookup_error(error: &kube::Error) -> LookupError {
         Kind::NotFound => LookupErrorKind::NotFound,
         Kind::Unavailable => LookupErrorKind::Unavailable,
     };
-    LookupError { kind, message: message(error) }
+    LookupError {
+        kind,
+        message: message(error),
+    }
 }
 
 /// A TLS failure hides as an `InvalidData` whose text is the only useful part; others say more by their kind.
@@ -73,7 +76,11 @@ fn innermost(error: &kube::Error) -> String {
         last = source;
     }
     // The top text repeats its sources; the innermost alone is short, but may be empty of context.
-    if error.source().is_none() { error.to_string() } else { last.to_string() }
+    if error.source().is_none() {
+        error.to_string()
+    } else {
+        last.to_string()
+    }
 }
 
 /// Joins the lines of a message: a log line and an error on the terminal are one line each.

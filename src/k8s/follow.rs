@@ -40,7 +40,12 @@ pub(super) enum Selection {
 pub(super) type Following<K> = BoxStream<'static, Result<Vec<K>, kube::Error>>;
 
 /// Starts to follow. `recheck` asks for a list at once where the list is polled.
-pub(super) fn follow<K>(api: Api<K>, selection: Selection, poll: Duration, recheck: Arc<Notify>) -> Following<K>
+pub(super) fn follow<K>(
+    api: Api<K>,
+    selection: Selection,
+    poll: Duration,
+    recheck: Arc<Notify>,
+) -> Following<K>
 where
     K: Resource + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
 {
@@ -56,7 +61,10 @@ where
         wait: None,
         delay: FIRST_DELAY,
     };
-    stream::unfold(follower, |mut follower| async move { Some((follower.next().await, follower)) }).boxed()
+    stream::unfold(follower, |mut follower| async move {
+        Some((follower.next().await, follower))
+    })
+    .boxed()
 }
 
 /// How news arrive.
@@ -163,7 +171,10 @@ where
             Mode::Get(name) => self.api.get_opt(name).await?.into_iter().collect(),
         };
         let now = Instant::now();
-        self.wait = Some(Wait::Poll { earliest: now + SHORTEST_POLL.min(self.poll), latest: now + self.poll });
+        self.wait = Some(Wait::Poll {
+            earliest: now + SHORTEST_POLL.min(self.poll),
+            latest: now + self.poll,
+        });
         Ok(Some(items))
     }
 
@@ -207,7 +218,10 @@ struct Failure {
 
 impl From<kube::Error> for Failure {
     fn from(error: kube::Error) -> Self {
-        Self { watching: false, error }
+        Self {
+            watching: false,
+            error,
+        }
     }
 }
 
@@ -217,7 +231,10 @@ impl From<watcher::Error> for Failure {
             watcher::Error::InitialListFailed(error) => (false, error),
             watcher::Error::WatchStartFailed(error) | watcher::Error::WatchFailed(error) => (true, error),
             watcher::Error::WatchError(status) => (true, kube::Error::Api(status)),
-            watcher::Error::NoResourceVersion => (true, kube::Error::Service("the list has no resourceVersion".into())),
+            watcher::Error::NoResourceVersion => (
+                true,
+                kube::Error::Service("the list has no resourceVersion".into()),
+            ),
         };
         Self { watching, error }
     }

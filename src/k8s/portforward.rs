@@ -24,7 +24,9 @@ pub struct ChannelForward {
 
 impl std::fmt::Debug for ChannelForward {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ChannelForward").field("timeout", &self.timeout).finish_non_exhaustive()
+        f.debug_struct("ChannelForward")
+            .field("timeout", &self.timeout)
+            .finish_non_exhaustive()
     }
 }
 
@@ -32,7 +34,10 @@ impl ChannelForward {
     /// Makes the transport. `timeout` bounds one upgrade.
     #[must_use]
     pub fn new(cluster: &Cluster, timeout: Duration) -> Self {
-        Self { client: cluster.client.clone(), timeout }
+        Self {
+            client: cluster.client.clone(),
+            timeout,
+        }
     }
 
     async fn open(&self, target: &Target) -> Result<BoxStream, ConnectError> {
@@ -46,7 +51,10 @@ impl ChannelForward {
         let unavailable = || ConnectError::Unavailable("the port-forward has no stream".into());
         let stream = forward.take_stream(target.port).ok_or_else(unavailable)?;
         let failure = forward.take_error(target.port).ok_or_else(unavailable)?;
-        Ok(Box::new(PodStream { stream, failure: Some(Box::pin(failure)) }))
+        Ok(Box::new(PodStream {
+            stream,
+            failure: Some(Box::pin(failure)),
+        }))
     }
 }
 
@@ -70,9 +78,15 @@ fn connect_error(error: &kube::Error) -> ConnectError {
 
 /// The runtime's and the kubelet's words for a pod that has ended but whose object is still there.
 fn pod_is_gone(message: &str) -> bool {
-    ["pod not found", "not running", "does not exist", "failed to find sandbox", "is closed"]
-        .iter()
-        .any(|words| message.contains(words))
+    [
+        "pod not found",
+        "not running",
+        "does not exist",
+        "failed to find sandbox",
+        "is closed",
+    ]
+    .iter()
+    .any(|words| message.contains(words))
 }
 
 /// The error channel of one forward: resolves with the runtime's text, or with nothing when the forward ends well.
@@ -90,7 +104,9 @@ impl PodStream {
     /// Returns the failure that has been reported by now. The text comes before the end of the data on the wire, and kube
     /// hands both on in that order.
     fn failed(&mut self, cx: &mut Context<'_>) -> Option<io::Error> {
-        let Poll::Ready(text) = self.failure.as_mut()?.as_mut().poll(cx) else { return None };
+        let Poll::Ready(text) = self.failure.as_mut()?.as_mut().poll(cx) else {
+            return None;
+        };
         self.failure = None;
         text.map(|text| io::Error::new(failure_kind(&text), error::one_line(&text)))
     }
@@ -101,7 +117,11 @@ fn failure_kind(text: &str) -> io::ErrorKind {
     let has = |words: &str| text.contains(words);
     if has("connection reset") || has("broken pipe") {
         io::ErrorKind::ConnectionReset
-    } else if has("refused") || has("failed to connect") || has("failed to dial") || has("namespace for sandbox") {
+    } else if has("refused")
+        || has("failed to connect")
+        || has("failed to dial")
+        || has("namespace for sandbox")
+    {
         io::ErrorKind::ConnectionRefused
     } else {
         io::ErrorKind::ConnectionAborted
@@ -109,7 +129,11 @@ fn failure_kind(text: &str) -> io::ErrorKind {
 }
 
 impl AsyncRead for PodStream {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         let result = ready!(Pin::new(&mut self.stream).poll_read(cx, buf));
         let ended = result.is_err() || (buf.filled().len() == before && buf.remaining() > 0);
@@ -147,6 +171,9 @@ mod tests {
         assert_eq!(failure_kind(containerd), io::ErrorKind::ConnectionRefused);
         let reset = "error forwarding port 9003 to pod 1f, uid : read tcp4 127.0.0.1:1->127.0.0.1:9003: read: connection reset by peer";
         assert_eq!(failure_kind(reset), io::ErrorKind::ConnectionReset);
-        assert_eq!(failure_kind("error forwarding port: context deadline exceeded"), io::ErrorKind::ConnectionAborted);
+        assert_eq!(
+            failure_kind("error forwarding port: context deadline exceeded"),
+            io::ErrorKind::ConnectionAborted
+        );
     }
 }

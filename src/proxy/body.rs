@@ -28,13 +28,19 @@ impl RequestBody {
     /// Takes the client's body; its bytes are added to `count`.
     #[must_use]
     pub(crate) fn new(inner: Incoming, count: ByteCount) -> Self {
-        Self { inner: Some(inner).filter(|body| !body.is_end_stream()), count }
+        Self {
+            inner: Some(inner).filter(|body| !body.is_end_stream()),
+            count,
+        }
     }
 
     /// Makes the body of a request that has none.
     #[must_use]
     pub(crate) fn empty() -> Self {
-        Self { inner: None, count: ByteCount::default() }
+        Self {
+            inner: None,
+            count: ByteCount::default(),
+        }
     }
 
     /// Reports whether there is nothing to send, so that the request can be sent again.
@@ -48,8 +54,13 @@ impl Body for RequestBody {
     type Data = Bytes;
     type Error = hyper::Error;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let Some(inner) = self.inner.as_mut() else { return Poll::Ready(None) };
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let Some(inner) = self.inner.as_mut() else {
+            return Poll::Ready(None);
+        };
         let frame = ready!(Pin::new(inner).poll_frame(cx));
         if let Some(Ok(data)) = frame.as_ref().map(|frame| frame.as_ref().map(Frame::data_ref)) {
             self.count.add(data.map_or(0, Bytes::len));
@@ -62,7 +73,9 @@ impl Body for RequestBody {
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.inner.as_ref().map_or_else(|| SizeHint::with_exact(0), Body::size_hint)
+        self.inner
+            .as_ref()
+            .map_or_else(|| SizeHint::with_exact(0), Body::size_hint)
     }
 }
 
@@ -77,7 +90,11 @@ pub(crate) struct ResponseBody {
 #[derive(Debug)]
 enum Source {
     /// A pod. The connection goes back to its pool at the end of the body, and the pod counts as busy until then.
-    Upstream { body: Incoming, lease: Option<Lease>, _in_flight: InFlight },
+    Upstream {
+        body: Incoming,
+        lease: Option<Lease>,
+        _in_flight: InFlight,
+    },
     /// The proxy itself.
     Own(Option<Bytes>),
 }
@@ -86,7 +103,14 @@ impl ResponseBody {
     /// Passes on a pod's body.
     #[must_use]
     pub(crate) fn upstream(body: Incoming, lease: Lease, in_flight: InFlight, record: AccessRecord) -> Self {
-        let mut this = Self { source: Source::Upstream { body, lease: Some(lease), _in_flight: in_flight }, record };
+        let mut this = Self {
+            source: Source::Upstream {
+                body,
+                lease: Some(lease),
+                _in_flight: in_flight,
+            },
+            record,
+        };
         if let Source::Upstream { body, .. } = &this.source
             && body.is_end_stream()
         {
@@ -101,7 +125,10 @@ impl ResponseBody {
         record.sent.add(bytes.len());
         // Whether the client reads these few bytes is not observed.
         record.outcome = Outcome::Complete;
-        Self { source: Source::Own(Some(bytes).filter(|bytes| !bytes.is_empty())), record }
+        Self {
+            source: Source::Own(Some(bytes).filter(|bytes| !bytes.is_empty())),
+            record,
+        }
     }
 
     fn finish(&mut self, outcome: Outcome) {
@@ -135,7 +162,10 @@ impl Body for ResponseBody {
     type Data = Bytes;
     type Error = BoxError;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let frame = match &mut self.source {
             Source::Own(bytes) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Source::Upstream { body, .. } => ready!(Pin::new(body).poll_frame(cx)),

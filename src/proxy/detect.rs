@@ -38,7 +38,13 @@ pub fn sniff(bytes: &[u8]) -> Option<Protocol> {
     let (&first, rest) = bytes.split_first()?;
     match first {
         // A TLS record of type handshake, any version 3.x (RFC 8446 section 5.1).
-        0x16 => rest.first().map(|&major| if major == 3 { Protocol::Tls } else { Protocol::Unknown }),
+        0x16 => rest.first().map(|&major| {
+            if major == 3 {
+                Protocol::Tls
+            } else {
+                Protocol::Unknown
+            }
+        }),
         0x05 => Some(Protocol::Socks5),
         // An empty line before the request line is to be ignored (RFC 9112 section 2.2).
         b'\r' | b'\n' => Some(Protocol::Http1),
@@ -88,7 +94,13 @@ where
         }
     };
     match tokio::time::timeout(patience, reading).await {
-        Ok(Ok(Some(protocol))) => Ok(Some((protocol, Prefixed { prefix: bytes.freeze(), stream }))),
+        Ok(Ok(Some(protocol))) => Ok(Some((
+            protocol,
+            Prefixed {
+                prefix: bytes.freeze(),
+                stream,
+            },
+        ))),
         Ok(Ok(None)) | Err(_) => Ok(None),
         Ok(Err(error)) => Err(error),
     }
@@ -102,7 +114,11 @@ pub struct Prefixed<S> {
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Prefixed<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         if self.prefix.is_empty() {
             return Pin::new(&mut self.stream).poll_read(cx, buf);
         }
@@ -188,7 +204,7 @@ mod tests {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
             runtime.block_on(async {
                 let (head, tail) = request.split_at(split);
-                let stream = tokio_test_stream(head, tail);
+                let stream = AsyncReadExt::chain(head, tail); // delivers the two in separate reads
                 let (protocol, mut stream) = read(stream, Duration::from_secs(1)).await.unwrap().unwrap();
                 assert_eq!(protocol, Protocol::Http1);
                 let mut seen = Vec::new();
@@ -196,11 +212,6 @@ mod tests {
                 assert_eq!(seen, request);
             });
         }
-    }
-
-    /// A stream that delivers `head` and `tail` in separate reads.
-    fn tokio_test_stream(head: &'static [u8], tail: &'static [u8]) -> impl AsyncRead + Unpin {
-        head.chain(tail)
     }
 
     #[tokio::test(start_paused = true)]

@@ -18,7 +18,9 @@ pub enum Error {
     #[error("invalid host: {0}")]
     BadRequest(&'static str),
     /// The host is well-formed, but no name of the cluster.
-    #[error("{host:?} is not a host of this cluster; ask for service.namespace.svc.{zone}, or send that as the Host header")]
+    #[error(
+        "{host:?} is not a host of this cluster; ask for service.namespace.svc.{zone}, or send that as the Host header"
+    )]
     UnknownHost {
         /// The host that was asked for.
         host: String,
@@ -26,7 +28,9 @@ pub enum Error {
         zone: String,
     },
     /// The proxy's own host has no such page.
-    #[error("kube-tunnel has no page {0:?}; to reach a Service send its name as the host, e.g. curl -H 'Host: web.default.svc.{1}' …")]
+    #[error(
+        "kube-tunnel has no page {0:?}; to reach a Service send its name as the host, e.g. curl -H 'Host: web.default.svc.{1}' …"
+    )]
     NoSuchPage(String, String),
     /// The Service could not be looked up.
     #[error("{}", lookup_text(.0, .1))]
@@ -117,7 +121,11 @@ impl Error {
             Self::Reset(..) => (502, grpc::UNAVAILABLE, "UC"),
             Self::ClientGone => (400, grpc::CANCELLED, "DC"),
         };
-        Reply { status: StatusCode::from_u16(status).expect("the table holds valid codes"), grpc, flag }
+        Reply {
+            status: StatusCode::from_u16(status).expect("the table holds valid codes"),
+            grpc,
+            flag,
+        }
     }
 
     /// Reports whether the same request may succeed on another try (contract: refused, timeout, unreachable, reset; never
@@ -127,7 +135,10 @@ impl Error {
         match self {
             Self::Refused(..) | Self::Reset(..) => true,
             Self::Connect(_, error) => {
-                matches!(error, ConnectError::PodGone(_) | ConnectError::Unavailable(_) | ConnectError::Timeout(..))
+                matches!(
+                    error,
+                    ConnectError::PodGone(_) | ConnectError::Unavailable(_) | ConnectError::Timeout(..)
+                )
             }
             _ => false,
         }
@@ -147,10 +158,14 @@ fn lookup_text(service: &ServiceName, error: &LookupError) -> String {
             format!("failed to get service {service}: {message}; check with kubectl get svc -n {namespace}")
         }
         LookupErrorKind::Forbidden => {
-            format!("not allowed to look up service {service}: {message}; check with kubectl auth can-i list services -n {namespace}")
+            format!(
+                "not allowed to look up service {service}: {message}; check with kubectl auth can-i list services -n {namespace}"
+            )
         }
         LookupErrorKind::Unauthorized => {
-            format!("the API server does not accept the credentials ({message}); log in again, then check with kubectl get svc {name} -n {namespace}")
+            format!(
+                "the API server does not accept the credentials ({message}); log in again, then check with kubectl get svc {name} -n {namespace}"
+            )
         }
         LookupErrorKind::Unavailable | LookupErrorKind::Timeout => {
             format!("failed to get service {service}: {message}; check with kubectl cluster-info")
@@ -167,7 +182,10 @@ fn connect_text(target: &Target, error: &ConnectError) -> String {
         ConnectError::Unauthorized(message) => {
             format!("the API server does not accept the credentials ({message}); log in again")
         }
-        _ => format!("port-forward to {target} failed: {error}; check with kubectl get pod {} -n {namespace}", target.pod.name),
+        _ => format!(
+            "port-forward to {target} failed: {error}; check with kubectl get pod {} -n {namespace}",
+            target.pod.name
+        ),
     }
 }
 
@@ -180,13 +198,23 @@ mod tests {
     use crate::registry::PodRef;
 
     fn target() -> Target {
-        let pod = PodRef { namespace: "default".into(), name: "web-1".into(), uid: "u".into() };
+        let pod = PodRef {
+            namespace: "default".into(),
+            name: "web-1".into(),
+            uid: "u".into(),
+        };
         Target { pod, port: 8080 }
     }
 
     fn lookup(kind: LookupErrorKind) -> Error {
         let service = ServiceName::new("default", "web").unwrap();
-        Error::Lookup(service, LookupError { kind, message: "why".into() })
+        Error::Lookup(
+            service,
+            LookupError {
+                kind,
+                message: "why".into(),
+            },
+        )
     }
 
     #[test]
@@ -197,8 +225,16 @@ mod tests {
             (lookup(LookupErrorKind::Forbidden), 403, 7),
             (lookup(LookupErrorKind::Unauthorized), 401, 16),
             (lookup(LookupErrorKind::Timeout), 504, 4),
-            (Error::Connect(target(), ConnectError::Forbidden("no".into())), 403, 7),
-            (Error::Connect(target(), ConnectError::Timeout(target(), Duration::from_secs(1))), 504, 4),
+            (
+                Error::Connect(target(), ConnectError::Forbidden("no".into())),
+                403,
+                7,
+            ),
+            (
+                Error::Connect(target(), ConnectError::Timeout(target(), Duration::from_secs(1))),
+                504,
+                4,
+            ),
             (Error::Refused(target(), "refused".into()), 502, 14),
             (Error::Reset(target(), "reset".into()), 502, 14),
         ];
@@ -218,6 +254,9 @@ mod tests {
     #[test]
     fn messages_name_the_object_and_the_next_command() {
         let text = lookup(LookupErrorKind::NotFound).to_string();
-        assert!(text.contains("default/web") && text.contains("kubectl get svc -n default"), "{text}");
+        assert!(
+            text.contains("default/web") && text.contains("kubectl get svc -n default"),
+            "{text}"
+        );
     }
 }

@@ -49,7 +49,9 @@ pub(super) async fn serve(context: Arc<Context>, stream: TcpStream, client: Sock
     match detected {
         Ok(Some((Protocol::Http1, stream))) => serve_http1(context, stream, client).await,
         Ok(Some((Protocol::Http2, stream))) => serve_http2(context, stream, client).await,
-        Ok(Some((protocol, _))) => debug!(%client, ?protocol, "closed: this protocol is not served on this port"),
+        Ok(Some((protocol, _))) => {
+            debug!(%client, ?protocol, "closed: this protocol is not served on this port")
+        }
         Ok(None) => debug!(%client, "closed: no request came"),
         Err(error) => debug!(%client, %error, "connection lost before its first request"),
     }
@@ -136,19 +138,30 @@ enum Answered {
 }
 
 /// Decides by the host who answers, and gets the answer.
-async fn dispatch(context: &Context, request: Request<Incoming>, record: &mut AccessRecord) -> Result<Answered, Error> {
+async fn dispatch(
+    context: &Context,
+    request: Request<Incoming>,
+    record: &mut AccessRecord,
+) -> Result<Answered, Error> {
     let zone = || context.naming.zone.to_string();
     let Authority { host, port } = context.naming.parse(&record.authority)?;
     match host {
         Host::Service { service, hostname } => {
             record.service = Some(service.clone());
-            let destination = Destination { service, hostname, port: port.unwrap_or(DEFAULT_PORT) };
+            let destination = Destination {
+                service,
+                hostname,
+                port: port.unwrap_or(DEFAULT_PORT),
+            };
             let (answer, in_flight) = exchange(context, &destination, request, record).await?;
             Ok(Answered::Pod(answer, in_flight))
         }
         Host::Own if record.path == "/health" => Ok(Answered::Health(request.version())),
         Host::Own => Err(Error::NoSuchPage(record.path.clone(), zone())),
-        Host::Unknown => Err(Error::UnknownHost { host: record.authority.clone(), zone: zone() }),
+        Host::Unknown => Err(Error::UnknownHost {
+            host: record.authority.clone(),
+            zone: zone(),
+        }),
     }
 }
 
@@ -159,5 +172,8 @@ fn pass_on(answer: Answer, in_flight: InFlight, mut record: AccessRecord) -> Res
     record.status = Some(parts.status);
     record.grpc_status = grpc_status(&parts.headers);
     record.first_byte = Some(Instant::now());
-    Response::from_parts(parts, ResponseBody::upstream(body, answer.lease, in_flight, record))
+    Response::from_parts(
+        parts,
+        ResponseBody::upstream(body, answer.lease, in_flight, record),
+    )
 }

@@ -36,8 +36,14 @@ impl Bind {
     /// The addresses in the order of binding; the flag says whether the machine may lack one.
     fn addresses(&self) -> Vec<(IpAddr, bool)> {
         match self {
-            Self::Loopback => vec![(Ipv4Addr::LOCALHOST.into(), false), (Ipv6Addr::LOCALHOST.into(), true)],
-            Self::All => vec![(Ipv4Addr::UNSPECIFIED.into(), false), (Ipv6Addr::UNSPECIFIED.into(), true)],
+            Self::Loopback => vec![
+                (Ipv4Addr::LOCALHOST.into(), false),
+                (Ipv6Addr::LOCALHOST.into(), true),
+            ],
+            Self::All => vec![
+                (Ipv4Addr::UNSPECIFIED.into(), false),
+                (Ipv6Addr::UNSPECIFIED.into(), true),
+            ],
             Self::Addresses(addresses) => addresses.iter().map(|address| (*address, false)).collect(),
         }
     }
@@ -51,8 +57,15 @@ impl FromStr for Bind {
             "loopback" => Ok(Self::Loopback),
             "all" => Ok(Self::All),
             list => {
-                let parse = |part: &str| part.trim().parse().map_err(|_| format!("{part:?} is not an IP address"));
-                list.split(',').map(parse).collect::<Result<_, _>>().map(Self::Addresses)
+                let parse = |part: &str| {
+                    part.trim()
+                        .parse()
+                        .map_err(|_| format!("{part:?} is not an IP address"))
+                };
+                list.split(',')
+                    .map(parse)
+                    .collect::<Result<_, _>>()
+                    .map(Self::Addresses)
             }
         }
     }
@@ -117,7 +130,10 @@ impl Listener {
             let address = SocketAddr::new(address, port);
             match bind_one(address).await {
                 Ok(socket) => {
-                    port = socket.local_addr().map_err(|error| BindError::Other(address, error))?.port();
+                    port = socket
+                        .local_addr()
+                        .map_err(|error| BindError::Other(address, error))?
+                        .port();
                     sockets.push(socket);
                 }
                 Err(error) if may_lack && lacks_address(&error) => {}
@@ -130,7 +146,10 @@ impl Listener {
     /// Returns the bound addresses.
     #[must_use]
     pub fn addresses(&self) -> Vec<SocketAddr> {
-        self.sockets.iter().filter_map(|socket| socket.local_addr().ok()).collect()
+        self.sockets
+            .iter()
+            .filter_map(|socket| socket.local_addr().ok())
+            .collect()
     }
 
     /// Accepts until `drain` starts, and serves each client as a task of it. The sockets are closed at return.
@@ -139,7 +158,11 @@ impl Listener {
         S: Fn(TcpStream, SocketAddr) -> F,
         F: Future<Output = ()> + Send + 'static,
     {
-        let loops: FuturesUnordered<_> = self.sockets.iter().map(|socket| accept(socket, drain, &serve)).collect();
+        let loops: FuturesUnordered<_> = self
+            .sockets
+            .iter()
+            .map(|socket| accept(socket, drain, &serve))
+            .collect();
         tokio::select! {
             () = drain.started() => {}
             () = loops.collect() => {}
@@ -190,7 +213,13 @@ fn lacks_address(error: &io::Error) -> bool {
 }
 
 /// "Address family not supported by protocol", for which `io::ErrorKind` has no stable name.
-const EAFNOSUPPORT: i32 = if cfg!(target_os = "linux") { 97 } else if cfg!(windows) { 10047 } else { 47 };
+const EAFNOSUPPORT: i32 = if cfg!(target_os = "linux") {
+    97
+} else if cfg!(windows) {
+    10047
+} else {
+    47
+};
 
 fn bind_error(address: SocketAddr, error: io::Error) -> BindError {
     match error.kind() {
@@ -208,7 +237,10 @@ mod tests {
     async fn port_zero_is_one_free_port_on_all_addresses() {
         let listener = Listener::bind(&Bind::Loopback, 0).await.unwrap();
         let ports: Vec<_> = listener.addresses().iter().map(SocketAddr::port).collect();
-        assert!(ports[0] > 0 && ports.iter().all(|port| *port == ports[0]), "{ports:?}");
+        assert!(
+            ports[0] > 0 && ports.iter().all(|port| *port == ports[0]),
+            "{ports:?}"
+        );
     }
 
     #[tokio::test]
@@ -218,7 +250,10 @@ mod tests {
         let error = Listener::bind(&Bind::Loopback, port).await.unwrap_err();
         assert!(matches!(error, BindError::Taken(_)));
         let text = error.to_string();
-        assert!(text.contains("already in use") && text.contains("-port="), "{text}");
+        assert!(
+            text.contains("already in use") && text.contains("-port="),
+            "{text}"
+        );
     }
 
     #[test]

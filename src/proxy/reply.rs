@@ -31,17 +31,28 @@ impl Form {
             return Self::Grpc;
         }
         let accepts = |kind: &str| {
-            headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()).any(|value| value.contains(kind))
+            headers
+                .get_all(ACCEPT)
+                .iter()
+                .filter_map(|value| value.to_str().ok())
+                .any(|value| value.contains(kind))
         };
-        if accepts("application/json") && !accepts("text/html") { Self::Json } else { Self::Text }
+        if accepts("application/json") && !accepts("text/html") {
+            Self::Json
+        } else {
+            Self::Text
+        }
     }
 }
 
 /// Reports whether a request is a gRPC call: `application/grpc`, alone or with `+format` or parameters. `application/grpc-web`
 /// is another protocol.
 pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
-    let Some(kind) = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()) else { return false };
-    kind.strip_prefix("application/grpc").is_some_and(|rest| rest.is_empty() || rest.starts_with(['+', ';']))
+    let Some(kind) = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()) else {
+        return false;
+    };
+    kind.strip_prefix("application/grpc")
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with(['+', ';']))
 }
 
 /// Answers a request that got no answer from a pod.
@@ -63,7 +74,12 @@ pub(super) fn fail(form: Form, error: &Error, mut record: AccessRecord) -> Respo
         }
         Form::Json => {
             let body = json!({"status": reply.status.as_u16(), "flag": reply.flag, "message": text});
-            respond(reply.status, own_headers("application/json", reply.status), format!("{body}\n").into(), record)
+            respond(
+                reply.status,
+                own_headers("application/json", reply.status),
+                format!("{body}\n").into(),
+                record,
+            )
         }
         Form::Text => {
             let headers = own_headers("text/plain; charset=utf-8", reply.status);
@@ -101,7 +117,15 @@ mod tests {
     use super::*;
 
     fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
-        pairs.iter().map(|(name, value)| (http::HeaderName::from_static(name), HeaderValue::from_static(value))).collect()
+        pairs
+            .iter()
+            .map(|(name, value)| {
+                (
+                    http::HeaderName::from_static(name),
+                    HeaderValue::from_static(value),
+                )
+            })
+            .collect()
     }
 
     #[test]
@@ -109,12 +133,31 @@ mod tests {
         assert_eq!(Form::of(&headers(&[])), Form::Text);
         assert_eq!(Form::of(&headers(&[("accept", "*/*")])), Form::Text);
         assert_eq!(Form::of(&headers(&[("accept", "application/json")])), Form::Json);
-        assert_eq!(Form::of(&headers(&[("accept", "text/html,application/json;q=0.9")])), Form::Text);
-        for kind in ["application/grpc", "application/grpc+proto", "application/grpc; charset=utf-8"] {
-            assert_eq!(Form::of(&headers(&[("content-type", kind)])), Form::Grpc, "{kind}");
+        assert_eq!(
+            Form::of(&headers(&[("accept", "text/html,application/json;q=0.9")])),
+            Form::Text
+        );
+        for kind in [
+            "application/grpc",
+            "application/grpc+proto",
+            "application/grpc; charset=utf-8",
+        ] {
+            assert_eq!(
+                Form::of(&headers(&[("content-type", kind)])),
+                Form::Grpc,
+                "{kind}"
+            );
         }
-        for kind in ["application/grpc-web", "application/grpc-web+proto", "application/json"] {
-            assert_ne!(Form::of(&headers(&[("content-type", kind)])), Form::Grpc, "{kind}");
+        for kind in [
+            "application/grpc-web",
+            "application/grpc-web+proto",
+            "application/json",
+        ] {
+            assert_ne!(
+                Form::of(&headers(&[("content-type", kind)])),
+                Form::Grpc,
+                "{kind}"
+            );
         }
     }
 }

@@ -49,10 +49,17 @@ mod tests {
     use crate::transport::Target;
     use proptest::prelude::*;
 
-    const POLICY: RetryPolicy = RetryPolicy { max_retries: 3, base_delay: Duration::from_millis(200) };
+    const POLICY: RetryPolicy = RetryPolicy {
+        max_retries: 3,
+        base_delay: Duration::from_millis(200),
+    };
 
     fn target() -> Target {
-        let pod = PodRef { namespace: "default".into(), name: "web-1".into(), uid: "u".into() };
+        let pod = PodRef {
+            namespace: "default".into(),
+            name: "web-1".into(),
+            uid: "u".into(),
+        };
         Target { pod, port: 8080 }
     }
 
@@ -76,7 +83,10 @@ mod tests {
 
     #[test]
     fn zero_turns_retries_off() {
-        let off = RetryPolicy { max_retries: 0, ..POLICY };
+        let off = RetryPolicy {
+            max_retries: 0,
+            ..POLICY
+        };
         assert!(!off.permits(&Method::GET, &Error::Refused(target(), "refused".into()), true));
     }
 

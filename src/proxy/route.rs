@@ -48,9 +48,15 @@ pub(crate) fn route(view: &View, port: u16, hostname: Option<&str>) -> Result<Ro
         .filter_map(|endpoint| Some((endpoint.clone(), number(endpoint)?)))
         .collect();
     if candidates.is_empty() {
-        return Err(Error::NoEndpoint { service: service.name.clone(), detail: missing(view, hostname) });
+        return Err(Error::NoEndpoint {
+            service: service.name.clone(),
+            detail: missing(view, hostname),
+        });
     }
-    Ok(Route { candidates, hint: port.map_or(Hint::None, hint) })
+    Ok(Route {
+        candidates,
+        hint: port.map_or(Hint::None, hint),
+    })
 }
 
 /// A Service with one TCP port serves it whatever the number; otherwise the number must be one of its own.
@@ -65,13 +71,21 @@ fn choose_port(view: &View, wanted: u16) -> Result<Option<&ServicePort>, Error> 
     }
     match (tcp.next(), tcp.next()) {
         (Some(only), None) if ports.len() == 1 => Ok(Some(only)),
-        _ => Err(Error::NoSuchPort { service: view.service.name.clone(), port: wanted, known: list(ports) }),
+        _ => Err(Error::NoSuchPort {
+            service: view.service.name.clone(),
+            port: wanted,
+            known: list(ports),
+        }),
     }
 }
 
 fn list(ports: &[ServicePort]) -> String {
     let words = ports.iter().map(|port| {
-        let name = if port.name.is_empty() { String::new() } else { format!(" ({})", port.name) };
+        let name = if port.name.is_empty() {
+            String::new()
+        } else {
+            format!(" ({})", port.name)
+        };
         match port.protocol {
             Protocol::Tcp => format!("{}{name}", port.number),
             Protocol::Udp => format!("{}/UDP{name}, which a port-forward cannot carry", port.number),
@@ -95,12 +109,18 @@ fn hint(port: &ServicePort) -> Hint {
 
 fn missing(view: &View, hostname: Option<&str>) -> String {
     let total = view.endpoints.len();
-    let terminating = view.endpoints.iter().filter(|endpoint| endpoint.terminating).count();
+    let terminating = view
+        .endpoints
+        .iter()
+        .filter(|endpoint| endpoint.terminating)
+        .count();
     match (total, hostname) {
         (0, _) if !view.service.has_selector => "it has no selector, and no pods were assigned to it".into(),
         (0, _) => "its selector matches no pod".into(),
         (_, Some(hostname)) => format!("none is called {hostname:?} and ready"),
-        _ => format!("{total} found, {terminating} of them terminating, the others not ready or without that port"),
+        _ => format!(
+            "{total} found, {terminating} of them terminating, the others not ready or without that port"
+        ),
     }
 }
 
@@ -111,16 +131,29 @@ mod tests {
     use crate::registry::{PodRef, Service};
 
     fn port(name: &str, number: u16, protocol: Protocol) -> ServicePort {
-        ServicePort { name: name.into(), number, protocol, app_protocol: None, target: PortRef::Number(number) }
+        ServicePort {
+            name: name.into(),
+            number,
+            protocol,
+            app_protocol: None,
+            target: PortRef::Number(number),
+        }
     }
 
     fn endpoint(name: &str, ports: &[(&str, u16)]) -> Arc<Endpoint> {
         Arc::new(Endpoint {
-            pod: PodRef { namespace: "default".into(), name: name.into(), uid: name.into() },
+            pod: PodRef {
+                namespace: "default".into(),
+                name: name.into(),
+                uid: name.into(),
+            },
             hostname: Some(name.into()),
             ready: true,
             terminating: false,
-            ports: ports.iter().map(|(name, number)| ((*name).to_owned(), *number)).collect(),
+            ports: ports
+                .iter()
+                .map(|(name, number)| ((*name).to_owned(), *number))
+                .collect(),
             load: Arc::default(),
         })
     }
@@ -137,12 +170,19 @@ mod tests {
     }
 
     fn chosen(route: &Route) -> Vec<(&str, u16)> {
-        route.candidates.iter().map(|(endpoint, port)| (&*endpoint.pod.name, *port)).collect()
+        route
+            .candidates
+            .iter()
+            .map(|(endpoint, port)| (&*endpoint.pod.name, *port))
+            .collect()
     }
 
     #[test]
     fn a_service_with_one_port_serves_it_whatever_the_number() {
-        let view = view(vec![port("http", 80, Protocol::Tcp)], vec![endpoint("a", &[("http", 8080)])]);
+        let view = view(
+            vec![port("http", 80, Protocol::Tcp)],
+            vec![endpoint("a", &[("http", 8080)])],
+        );
         for asked in [80, 8080, 9999] {
             assert_eq!(chosen(&route(&view, asked, None).unwrap()), [("a", 8080)]);
         }
@@ -150,7 +190,11 @@ mod tests {
 
     #[test]
     fn several_ports_need_the_exact_number_and_the_error_lists_them() {
-        let ports = vec![port("http", 80, Protocol::Tcp), port("admin", 9090, Protocol::Tcp), port("dns", 53, Protocol::Udp)];
+        let ports = vec![
+            port("http", 80, Protocol::Tcp),
+            port("admin", 9090, Protocol::Tcp),
+            port("dns", 53, Protocol::Udp),
+        ];
         let view = view(ports, vec![endpoint("a", &[("http", 8080), ("admin", 9091)])]);
         assert_eq!(chosen(&route(&view, 80, None).unwrap()), [("a", 8080)]);
         assert_eq!(chosen(&route(&view, 9090, None).unwrap()), [("a", 9091)]);
@@ -161,9 +205,15 @@ mod tests {
 
     #[test]
     fn a_named_target_is_taken_from_each_pod() {
-        let endpoints = vec![endpoint("old", &[("http", 8080)]), endpoint("new", &[("http", 8081)])];
+        let endpoints = vec![
+            endpoint("old", &[("http", 8080)]),
+            endpoint("new", &[("http", 8081)]),
+        ];
         let view = view(vec![port("http", 80, Protocol::Tcp)], endpoints);
-        assert_eq!(chosen(&route(&view, 80, None).unwrap()), [("old", 8080), ("new", 8081)]);
+        assert_eq!(
+            chosen(&route(&view, 80, None).unwrap()),
+            [("old", 8080), ("new", 8081)]
+        );
     }
 
     #[test]
@@ -172,7 +222,10 @@ mod tests {
         unready.ready = false;
         let mut leaving = (*endpoint("leaving", &[("http", 1)])).clone();
         leaving.terminating = true;
-        let mut view = view(vec![port("http", 80, Protocol::Tcp)], vec![Arc::new(unready), Arc::new(leaving)]);
+        let mut view = view(
+            vec![port("http", 80, Protocol::Tcp)],
+            vec![Arc::new(unready), Arc::new(leaving)],
+        );
         let error = route(&view, 80, None).unwrap_err();
         assert_eq!(error.reply().status, 503);
         view.service.publish_not_ready = true;
@@ -197,7 +250,12 @@ mod tests {
     fn an_external_name_is_refused_with_its_target() {
         let mut view = view(vec![], vec![]);
         view.service.kind = ServiceKind::ExternalName("example.org".into());
-        assert!(route(&view, 80, None).unwrap_err().to_string().contains("example.org"));
+        assert!(
+            route(&view, 80, None)
+                .unwrap_err()
+                .to_string()
+                .contains("example.org")
+        );
     }
 
     #[test]
@@ -208,7 +266,11 @@ mod tests {
         };
         assert_eq!(hint(&with("x", Some("kubernetes.io/h2c"))), Hint::H2c);
         assert_eq!(hint(&with("grpc-api", None)), Hint::H2c);
-        assert_eq!(hint(&with("grpc", Some("http"))), Hint::None, "appProtocol wins over the name");
+        assert_eq!(
+            hint(&with("grpc", Some("http"))),
+            Hint::None,
+            "appProtocol wins over the name"
+        );
         assert_eq!(hint(&with("http", None)), Hint::None);
     }
 }

@@ -88,7 +88,9 @@ enum Pool {
 
 impl fmt::Debug for Upstream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Upstream").field("connect", &self.shared.connect).finish_non_exhaustive()
+        f.debug_struct("Upstream")
+            .field("connect", &self.shared.connect)
+            .finish_non_exhaustive()
     }
 }
 
@@ -96,7 +98,13 @@ impl Upstream {
     /// Makes empty pools over `connect`; connections unused for `idle_timeout` are closed. Its tasks run under `drain`.
     #[must_use]
     pub(crate) fn new(connect: Arc<dyn Connect>, idle_timeout: Duration, drain: Drain) -> Self {
-        let this = Self { shared: Arc::new(Shared { connect, drain: drain.clone() }), pools: Arc::default() };
+        let this = Self {
+            shared: Arc::new(Shared {
+                connect,
+                drain: drain.clone(),
+            }),
+            pools: Arc::default(),
+        };
         let pools = this.pools.clone();
         let waiting = drain.clone();
         drain.spawn(async move {
@@ -113,18 +121,33 @@ impl Upstream {
     ///
     /// # Errors
     /// A [`Failure`], which has the request back if none of it was sent.
-    pub(crate) async fn send(&self, target: &Target, wire: Wire, request: Request<RequestBody>) -> Result<Answer, Failure> {
+    pub(crate) async fn send(
+        &self,
+        target: &Target,
+        wire: Wire,
+        request: Request<RequestBody>,
+    ) -> Result<Answer, Failure> {
         let unconnected = |error: ConnectError| Error::Connect(target.clone(), error);
         match self.pool(target, wire) {
             Pool::Http1(pool) => {
                 let (mut sender, reused) = match pool.checkout(&self.shared).await {
                     Ok(found) => found,
-                    Err(error) => return Err(Failure { error: unconnected(error), unsent: Some(request), reused: false }),
+                    Err(error) => {
+                        return Err(Failure {
+                            error: unconnected(error),
+                            unsent: Some(request),
+                            reused: false,
+                        });
+                    }
                 };
                 match sender.try_send_request(request).await {
                     Ok(response) => {
                         let lease = Lease::new(pool, sender, self.shared.drain.clone());
-                        Ok(Answer { response, lease, reused })
+                        Ok(Answer {
+                            response,
+                            lease,
+                            reused,
+                        })
                     }
                     Err(error) => Err(failure(target, error, reused)),
                 }
@@ -132,10 +155,20 @@ impl Upstream {
             Pool::H2c(pool) => {
                 let (mut sender, reused) = match pool.checkout(&self.shared).await {
                     Ok(found) => found,
-                    Err(error) => return Err(Failure { error: unconnected(error), unsent: Some(request), reused: false }),
+                    Err(error) => {
+                        return Err(Failure {
+                            error: unconnected(error),
+                            unsent: Some(request),
+                            reused: false,
+                        });
+                    }
                 };
                 match sender.try_send_request(request).await {
-                    Ok(response) => Ok(Answer { response, lease: Lease::none(), reused }),
+                    Ok(response) => Ok(Answer {
+                        response,
+                        lease: Lease::none(),
+                        reused,
+                    }),
                     Err(error) => Err(failure(target, error, reused)),
                 }
             }
@@ -162,7 +195,9 @@ async fn sweep(pools: &Mutex<HashMap<(Target, Wire), Pool>>, idle_timeout: Durat
     let mut ticks = tokio::time::interval(period);
     loop {
         ticks.tick().await;
-        let Some(limit) = Instant::now().checked_sub(idle_timeout) else { continue };
+        let Some(limit) = Instant::now().checked_sub(idle_timeout) else {
+            continue;
+        };
         lock(pools).retain(|(target, wire), pool| {
             let keep = match pool {
                 Pool::Http1(pool) => pool.expire(limit),
@@ -182,13 +217,19 @@ fn failure(target: &Target, mut error: TrySendError<Request<RequestBody>>, reuse
     let error = error.into_error();
     let target = target.clone();
     let error = match io_cause(&error) {
-        Some(io) if io.kind() == std::io::ErrorKind::ConnectionRefused => Error::Refused(target, io.to_string()),
+        Some(io) if io.kind() == std::io::ErrorKind::ConnectionRefused => {
+            Error::Refused(target, io.to_string())
+        }
         Some(io) => Error::Reset(target, io.to_string()),
         // The only user here is the request's body, which comes from the client.
         None if error.is_user() => Error::ClientGone,
         None => Error::Reset(target, error.to_string()),
     };
-    Failure { error, unsent, reused }
+    Failure {
+        error,
+        unsent,
+        reused,
+    }
 }
 
 /// Locks what only plain code guards; a panic inside such code left it consistent.

@@ -17,10 +17,15 @@ pub fn pick<'a, T>(
     endpoint: impl Fn(&T) -> &Arc<Endpoint>,
     cursor: &Cursor,
 ) -> Option<&'a T> {
-    let start = cursor.0.fetch_add(1, Ordering::Relaxed).checked_rem(candidates.len())?;
+    let start = cursor
+        .0
+        .fetch_add(1, Ordering::Relaxed)
+        .checked_rem(candidates.len())?;
     let (before, from) = candidates.split_at(start);
     // `min_by_key` keeps the first of equal minima, which the rotation makes a different one each time.
-    from.iter().chain(before).min_by_key(|candidate| endpoint(candidate).load.get())
+    from.iter()
+        .chain(before)
+        .min_by_key(|candidate| endpoint(candidate).load.get())
 }
 
 #[cfg(test)]
@@ -31,7 +36,11 @@ mod tests {
 
     fn endpoints(count: usize) -> Vec<Arc<Endpoint>> {
         let endpoint = |number: usize| Endpoint {
-            pod: PodRef { namespace: "ns".into(), name: number.to_string().into(), uid: "".into() },
+            pod: PodRef {
+                namespace: "ns".into(),
+                name: number.to_string().into(),
+                uid: "".into(),
+            },
             hostname: None,
             ready: true,
             terminating: false,
@@ -45,8 +54,9 @@ mod tests {
     fn idle_endpoints_take_turns() {
         let endpoints = endpoints(3);
         let cursor = Cursor::default();
-        let mut seen: Vec<_> =
-            (0..6).map(|_| pick(&endpoints, |e| e, &cursor).unwrap().pod.name.to_string()).collect();
+        let mut seen: Vec<_> = (0..6)
+            .map(|_| pick(&endpoints, |e| e, &cursor).unwrap().pod.name.to_string())
+            .collect();
         seen.sort();
         assert_eq!(seen, ["0", "0", "1", "1", "2", "2"]);
     }

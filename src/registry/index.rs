@@ -90,8 +90,20 @@ pub fn channel(patience: Duration) -> (Registry, Writer, mpsc::UnboundedReceiver
     let (sender, receiver) = watch::channel(Entries::new());
     let (interests, served) = mpsc::unbounded_channel();
     let epoch = Instant::now();
-    let registry = Registry { entries: receiver, interests, epoch, patience };
-    (registry, Writer { entries: sender, epoch }, served)
+    let registry = Registry {
+        entries: receiver,
+        interests,
+        epoch,
+        patience,
+    };
+    (
+        registry,
+        Writer {
+            entries: sender,
+            epoch,
+        },
+        served,
+    )
 }
 
 impl Registry {
@@ -146,10 +158,17 @@ impl Registry {
     }
 
     fn timed_out(&self, service: &ServiceName) -> LookupError {
-        let trouble = self.entries.borrow().get(service).and_then(|entry| entry.trouble.clone());
+        let trouble = self
+            .entries
+            .borrow()
+            .get(service)
+            .and_then(|entry| entry.trouble.clone());
         trouble.unwrap_or_else(|| LookupError {
             kind: LookupErrorKind::Timeout,
-            message: format!("the API server gave no answer about service {service} within {:?}", self.patience),
+            message: format!(
+                "the API server gave no answer about service {service} within {:?}",
+                self.patience
+            ),
         })
     }
 }
@@ -158,8 +177,13 @@ impl Writer {
     /// Makes an entry without an answer, so that its use is counted from now on.
     pub fn begin(&self, service: &ServiceName) {
         let used = AtomicU64::new(elapsed(self.epoch));
-        let entry = Entry { answer: None, trouble: None, used };
-        self.entries.send_modify(|entries| drop(entries.insert(service.clone(), entry)));
+        let entry = Entry {
+            answer: None,
+            trouble: None,
+            used,
+        };
+        self.entries
+            .send_modify(|entries| drop(entries.insert(service.clone(), entry)));
     }
 
     /// Sets the answer that readers get from now on.
@@ -190,7 +214,9 @@ impl Writer {
     #[must_use]
     pub fn idle(&self, service: &ServiceName) -> Duration {
         let entries = self.entries.borrow();
-        let used = entries.get(service).map_or(0, |entry| entry.used.load(Ordering::Relaxed));
+        let used = entries
+            .get(service)
+            .map_or(0, |entry| entry.used.load(Ordering::Relaxed));
         Duration::from_millis(elapsed(self.epoch).saturating_sub(used))
     }
 }
@@ -216,7 +242,10 @@ mod tests {
             has_selector: true,
             publish_not_ready: false,
         };
-        View { service, endpoints: vec![] }
+        View {
+            service,
+            endpoints: vec![],
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -229,14 +258,20 @@ mod tests {
         writer.answer(&name(), Ok(view()));
         assert_eq!(waiting.await.unwrap().unwrap().service.name, name());
         registry.resolve(&name()).await.unwrap();
-        assert!(interests.try_recv().is_err(), "a known service was asked for again");
+        assert!(
+            interests.try_recv().is_err(),
+            "a known service was asked for again"
+        );
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_wait_that_runs_out_tells_the_last_trouble() {
         let (registry, writer, _interests) = channel(Duration::from_secs(5));
         writer.begin(&name());
-        let down = LookupError { kind: LookupErrorKind::Unavailable, message: "connection refused".into() };
+        let down = LookupError {
+            kind: LookupErrorKind::Unavailable,
+            message: "connection refused".into(),
+        };
         writer.trouble(&name(), down.clone());
         assert_eq!(registry.resolve(&name()).await.unwrap_err(), down);
     }

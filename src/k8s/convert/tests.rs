@@ -36,7 +36,10 @@ fn pod(name: &str, extra: Value) -> Pod {
         "status": {"phase": "Running", "podIP": "10.0.0.1", "conditions": [{"type": "Ready", "status": "True"}]},
     });
     for (key, value) in extra.as_object().unwrap() {
-        object[key].as_object_mut().unwrap().extend(value.as_object().unwrap().clone());
+        object[key]
+            .as_object_mut()
+            .unwrap()
+            .extend(value.as_object().unwrap().clone());
     }
     from(object)
 }
@@ -62,18 +65,34 @@ fn a_target_port_is_a_name_a_number_or_the_ports_own() {
         {"name": "c", "port": 82},
         {"name": "d", "port": 83, "targetPort": 0},
     ]);
-    let targets: Vec<_> = service(web(), &object(json!({"ports": ports}))).ports.into_iter().map(|p| p.target).collect();
-    let expected =
-        [PortRef::Name("http".into()), PortRef::Number(8081), PortRef::Number(82), PortRef::Number(83)];
+    let targets: Vec<_> = service(web(), &object(json!({"ports": ports})))
+        .ports
+        .into_iter()
+        .map(|p| p.target)
+        .collect();
+    let expected = [
+        PortRef::Name("http".into()),
+        PortRef::Number(8081),
+        PortRef::Number(82),
+        PortRef::Number(83),
+    ];
     assert_eq!(targets, expected);
 }
 
 #[test]
 fn a_pod_in_slices_of_both_families_is_one_endpoint() {
-    let slices = [slice("IPv4", &[("web-1", true)]), slice("IPv6", &[("web-1", true)]), slice("FQDN", &[("x", true)])];
+    let slices = [
+        slice("IPv4", &[("web-1", true)]),
+        slice("IPv6", &[("web-1", true)]),
+        slice("FQDN", &[("x", true)]),
+    ];
     let endpoints = endpoints_from_slices(&slices, &mut Loads::new());
     assert_eq!(endpoints.len(), 1);
-    assert_eq!(endpoints[0].ports, BTreeMap::from([("http".to_owned(), 8080)]), "UDP ports cannot be forwarded");
+    assert_eq!(
+        endpoints[0].ports,
+        BTreeMap::from([("http".to_owned(), 8080)]),
+        "UDP ports cannot be forwarded"
+    );
 }
 
 #[test]
@@ -98,18 +117,36 @@ fn an_update_keeps_the_load_of_an_endpoint_and_forgets_the_others() {
 fn pods_become_the_endpoints_that_the_slice_controller_would_make() {
     let service = service(
         web(),
-        &object(json!({"selector": {"app": "web"}, "ports": [{"name": "http", "port": 80, "targetPort": "http"}]})),
+        &object(
+            json!({"selector": {"app": "web"}, "ports": [{"name": "http", "port": 80, "targetPort": "http"}]}),
+        ),
     );
     let pods = [
         pod("a-ready", json!({})),
-        pod("b-unready", json!({"status": {"conditions": [{"type": "Ready", "status": "False"}]}})),
-        pod("c-leaving", json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}})),
+        pod(
+            "b-unready",
+            json!({"status": {"conditions": [{"type": "Ready", "status": "False"}]}}),
+        ),
+        pod(
+            "c-leaving",
+            json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}),
+        ),
         pod("d-done", json!({"status": {"phase": "Succeeded"}})),
         pod("e-pending", json!({"status": {"podIP": ""}})),
     ];
     let endpoints = endpoints_from_pods(&service, &pods, &mut Loads::new());
-    let seen: Vec<_> = endpoints.iter().map(|e| (&*e.pod.name, e.ready, e.terminating)).collect();
-    assert_eq!(seen, [("a-ready", true, false), ("b-unready", false, false), ("c-leaving", true, true)]);
+    let seen: Vec<_> = endpoints
+        .iter()
+        .map(|e| (&*e.pod.name, e.ready, e.terminating))
+        .collect();
+    assert_eq!(
+        seen,
+        [
+            ("a-ready", true, false),
+            ("b-unready", false, false),
+            ("c-leaving", true, true)
+        ]
+    );
     assert_eq!(endpoints[0].ports["http"], 8080);
 }
 

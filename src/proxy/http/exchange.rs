@@ -41,21 +41,35 @@ pub(super) async fn exchange(
     let mut pauses = 0;
     loop {
         let Route { mut candidates, hint } = locate(context, destination).await?;
-        if candidates.iter().all(|(endpoint, _)| failed.contains(&endpoint.pod)) {
+        if candidates
+            .iter()
+            .all(|(endpoint, _)| failed.contains(&endpoint.pod))
+        {
             failed.clear();
         }
         candidates.retain(|(endpoint, _)| !failed.contains(&endpoint.pod));
         let (endpoint, port) = registry::pick(&candidates, |(endpoint, _)| endpoint, &context.cursor)
             .expect("a route has candidates, and not all of them have failed");
-        let target = Target { pod: endpoint.pod.clone(), port: *port };
-        let wire = if grpc || hint == Hint::H2c { Wire::H2c } else { Wire::Http1 };
+        let target = Target {
+            pod: endpoint.pod.clone(),
+            port: *port,
+        };
+        let wire = if grpc || hint == Hint::H2c {
+            Wire::H2c
+        } else {
+            Wire::Http1
+        };
 
         let in_flight = endpoint.load.begin();
         record.attempts += 1;
         record.pod = Some(endpoint.pod.clone());
         record.upstream = Some(wire.as_str());
         let request = pending.request(wire, &record.authority);
-        let Failure { error, unsent, reused } = match context.upstream.send(&target, wire, request).await {
+        let Failure {
+            error,
+            unsent,
+            reused,
+        } = match context.upstream.send(&target, wire, request).await {
             Ok(answer) => {
                 record.reused = Some(answer.reused);
                 return Ok((answer, in_flight));
@@ -89,8 +103,16 @@ pub(super) async fn exchange(
 }
 
 async fn locate(context: &Context, destination: &Destination) -> Result<Route, Error> {
-    let Destination { service, hostname, port } = destination;
-    let view = context.registry.resolve(service).await.map_err(|error| Error::Lookup(service.clone(), error))?;
+    let Destination {
+        service,
+        hostname,
+        port,
+    } = destination;
+    let view = context
+        .registry
+        .resolve(service)
+        .await
+        .map_err(|error| Error::Lookup(service.clone(), error))?;
     route(&view, *port, hostname.as_deref())
 }
 
@@ -116,7 +138,11 @@ impl Pending {
         let (mut head, body) = request.into_parts();
         headers::strip_hop_by_hop(&mut head.headers);
         let body = RequestBody::new(body, record.received.clone());
-        let body = if body.is_empty() { Left::Bodiless } else { Left::Whole(body) };
+        let body = if body.is_empty() {
+            Left::Bodiless
+        } else {
+            Left::Whole(body)
+        };
         Self { head, body }
     }
 

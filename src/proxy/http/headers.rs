@@ -2,7 +2,8 @@
 //! Everything else passes untouched.
 
 use http::header::{
-    CONNECTION, COOKIE, Entry, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+    CONNECTION, COOKIE, Entry, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRAILER, TRANSFER_ENCODING,
+    UPGRADE,
 };
 use http::request::Parts;
 use http::uri::{PathAndQuery, Scheme, Uri};
@@ -32,7 +33,9 @@ pub(super) fn authority<B>(request: &Request<B>) -> Result<String, Error> {
     match (hosts.next(), hosts.next()) {
         (Some(_), Some(_)) => Err(Error::BadRequest("the request has more than one Host field")),
         (Some(host), None) => {
-            let text = host.to_str().map_err(|_| Error::BadRequest("the Host field is not text"))?;
+            let text = host
+                .to_str()
+                .map_err(|_| Error::BadRequest("the Host field is not text"))?;
             Ok(text.trim().to_owned())
         }
         (None, _) if request.version() == Version::HTTP_10 => Ok(String::new()),
@@ -50,14 +53,20 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
         .flat_map(|value| value.split(','))
         .filter_map(|name| name.trim().parse().ok())
         // A peer must not list these, and dropping them would change what the message says.
-        .filter(|name: &HeaderName| !matches!(*name, HOST | TE | TRAILER) && !name.as_str().starts_with("content-"))
+        .filter(|name: &HeaderName| {
+            !matches!(*name, HOST | TE | TRAILER) && !name.as_str().starts_with("content-")
+        })
         .collect();
     for name in HOP_BY_HOP.iter().chain(&listed) {
         headers.remove(name);
     }
     if let Entry::Occupied(entry) = headers.entry(TE) {
         let trailers = entry.iter().any(|value| {
-            value.to_str().is_ok_and(|value| value.split(',').any(|part| part.trim().eq_ignore_ascii_case("trailers")))
+            value.to_str().is_ok_and(|value| {
+                value
+                    .split(',')
+                    .any(|part| part.trim().eq_ignore_ascii_case("trailers"))
+            })
         });
         entry.remove_entry_mult();
         if trailers {
@@ -87,7 +96,8 @@ pub(super) fn prepare(parts: &mut Parts, wire: Wire, authority: &str) {
             let mut uri = std::mem::take(&mut parts.uri).into_parts();
             uri.scheme = Some(Scheme::HTTP);
             uri.authority = authority.parse().ok();
-            uri.path_and_query.get_or_insert_with(|| PathAndQuery::from_static("/"));
+            uri.path_and_query
+                .get_or_insert_with(|| PathAndQuery::from_static("/"));
             parts.uri = Uri::from_parts(uri).unwrap_or_default();
         }
     }
@@ -103,7 +113,11 @@ fn join_cookies(headers: &mut HeaderMap) {
     if headers.get_all(COOKIE).iter().nth(1).is_none() {
         return;
     }
-    let all: Vec<&[u8]> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    let all: Vec<&[u8]> = headers
+        .get_all(COOKIE)
+        .iter()
+        .map(HeaderValue::as_bytes)
+        .collect();
     if let Ok(joined) = HeaderValue::from_bytes(&all.join(&b"; "[..])) {
         headers.insert(COOKIE, joined);
     }
@@ -116,7 +130,9 @@ mod tests {
     fn request(target: &str, version: Version, hosts: &[&str]) -> Request<()> {
         let mut request = Request::builder().uri(target).version(version).body(()).unwrap();
         for host in hosts {
-            request.headers_mut().append(HOST, HeaderValue::from_str(host).unwrap());
+            request
+                .headers_mut()
+                .append(HOST, HeaderValue::from_str(host).unwrap());
         }
         request
     }
@@ -131,9 +147,16 @@ mod tests {
 
     #[test]
     fn the_targets_authority_wins_over_host() {
-        let absolute = request("http://a.b.svc.cluster.local:9090/x", Version::HTTP_11, &["other"]);
+        let absolute = request(
+            "http://a.b.svc.cluster.local:9090/x",
+            Version::HTTP_11,
+            &["other"],
+        );
         assert_eq!(authority(&absolute).unwrap(), "a.b.svc.cluster.local:9090");
-        assert_eq!(authority(&request("/x", Version::HTTP_11, &["a.b"])).unwrap(), "a.b");
+        assert_eq!(
+            authority(&request("/x", Version::HTTP_11, &["a.b"])).unwrap(),
+            "a.b"
+        );
     }
 
     #[test]
@@ -167,7 +190,9 @@ mod tests {
 
     #[test]
     fn http1_gets_origin_form_one_cookie_and_the_authority_as_host() {
-        let mut parts = request("http://a.b:81/x//y%2Fz?q=1", Version::HTTP_2, &[]).into_parts().0;
+        let mut parts = request("http://a.b:81/x//y%2Fz?q=1", Version::HTTP_2, &[])
+            .into_parts()
+            .0;
         parts.headers = headers(&[("cookie", "a=1"), ("cookie", "b=2"), ("te", "trailers")]);
         prepare(&mut parts, Wire::Http1, "a.b:81");
         assert_eq!(parts.uri, "/x//y%2Fz?q=1");

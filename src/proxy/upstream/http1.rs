@@ -41,11 +41,17 @@ struct State {
 
 impl Pool {
     pub(super) fn new(target: Target) -> Self {
-        Self { target, state: Mutex::default() }
+        Self {
+            target,
+            state: Mutex::default(),
+        }
     }
 
     /// Gets a connection for one request, and whether it was in use before. Cancel-safe.
-    pub(super) async fn checkout(self: &Arc<Self>, shared: &Arc<Shared>) -> Result<(Sender, bool), ConnectError> {
+    pub(super) async fn checkout(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+    ) -> Result<(Sender, bool), ConnectError> {
         let waiting = {
             let mut state = lock(&self.state);
             while let Some((sender, _)) = state.idle.pop() {
@@ -58,12 +64,17 @@ impl Pool {
             if state.opening < MAX_OPENING && state.opening < state.waiting.len() {
                 state.opening += 1;
                 let (pool, shared) = (self.clone(), shared.clone());
-                shared.drain.clone().spawn(async move { pool.open(&shared).await });
+                shared
+                    .drain
+                    .clone()
+                    .spawn(async move { pool.open(&shared).await });
             }
             waiting
         };
         // The opener is dropped unfinished only when shutdown is forced.
-        waiting.await.unwrap_or_else(|_| Err(ConnectError::Unavailable("kube-tunnel is shutting down".into())))
+        waiting
+            .await
+            .unwrap_or_else(|_| Err(ConnectError::Unavailable("kube-tunnel is shutting down".into())))
     }
 
     /// Opens connections until as many openings run as requests wait.
@@ -107,9 +118,14 @@ impl Pool {
     /// Closes connections that have been idle since `limit` or longer. Returns whether anything is left.
     pub(super) fn expire(self: &Arc<Self>, limit: Instant) -> bool {
         let mut state = lock(&self.state);
-        state.idle.retain(|(sender, since)| *since > limit && sender.is_ready());
+        state
+            .idle
+            .retain(|(sender, since)| *since > limit && sender.is_ready());
         // A request that holds the pool may be about to give a connection back.
-        !state.idle.is_empty() || !state.waiting.is_empty() || state.opening > 0 || Arc::strong_count(self) > 1
+        !state.idle.is_empty()
+            || !state.waiting.is_empty()
+            || state.opening > 0
+            || Arc::strong_count(self) > 1
     }
 }
 
@@ -140,7 +156,9 @@ struct Held {
 
 impl std::fmt::Debug for Held {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Held").field("target", &self.pool.target).finish_non_exhaustive()
+        f.debug_struct("Held")
+            .field("target", &self.pool.target)
+            .finish_non_exhaustive()
     }
 }
 
@@ -157,7 +175,11 @@ impl Lease {
     /// Gives the connection back, to be called when the response's body has been read to its end.
     pub(crate) fn give_back(self) {
         let Some(held) = self.0 else { return };
-        let Held { pool, mut sender, drain } = *held;
+        let Held {
+            pool,
+            mut sender,
+            drain,
+        } = *held;
         if sender.is_ready() {
             lock(&pool.state).hand_over(sender, true);
         } else if !sender.is_closed() {

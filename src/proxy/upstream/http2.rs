@@ -35,12 +35,22 @@ struct State {
 
 impl Pool {
     pub(super) fn new(target: Target) -> Self {
-        let state = State { current: None, waiting: Vec::new(), used: Instant::now() };
-        Self { target, state: Mutex::new(state) }
+        let state = State {
+            current: None,
+            waiting: Vec::new(),
+            used: Instant::now(),
+        };
+        Self {
+            target,
+            state: Mutex::new(state),
+        }
     }
 
     /// Gets the connection, and whether it was there already. Cancel-safe.
-    pub(super) async fn checkout(self: &Arc<Self>, shared: &Arc<Shared>) -> Result<(Sender, bool), ConnectError> {
+    pub(super) async fn checkout(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+    ) -> Result<(Sender, bool), ConnectError> {
         let waiting = {
             let mut state = lock(&self.state);
             state.used = Instant::now();
@@ -52,12 +62,16 @@ impl Pool {
             state.waiting.push(hand_over);
             if state.waiting.len() == 1 {
                 let (pool, shared) = (self.clone(), shared.clone());
-                shared.drain.clone().spawn(async move { pool.open(&shared).await });
+                shared
+                    .drain
+                    .clone()
+                    .spawn(async move { pool.open(&shared).await });
             }
             waiting
         };
-        let opened =
-            waiting.await.unwrap_or_else(|_| Err(ConnectError::Unavailable("kube-tunnel is shutting down".into())));
+        let opened = waiting
+            .await
+            .unwrap_or_else(|_| Err(ConnectError::Unavailable("kube-tunnel is shutting down".into())));
         Ok((opened?, false))
     }
 

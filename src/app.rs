@@ -1,0 +1,88 @@
+//! The composition root: makes every component, joins them, and ends them in order. No logic of its own.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Result;
+use tracing::{info, warn};
+
+use crate::config::Config;
+use crate::drain::{Drain, Drained};
+use crate::k8s::{ChannelForward, Cluster, Discovery};
+use crate::proxy::{Listener, Proxy};
+use crate::registry;
+
+/// What is left when the clients are gone has nothing to finish, only to unwind.
+const BACKGROUND_GRACE: Duration = Duration::from_secs(2);
+
+/// The program, bound and ready to run.
+#[derive(Debug)]
+pub struct App {
+    proxy: Proxy,
+    /// Clients' connections: they end first, by themselves if they can.
+    clients: Drain,
+    /// Everything that clients' connections need; ends after them.
+    background: Drain,
+    drain_timeout: Duration,
+}
+
+impl App {
+    /// Binds the port, reads the kubeconfig and makes sure that the API server is there and lets us in.
+    ///
+    /// # Errors
+    /// One line for the user: [`crate::proxy::BindError`] or [`crate::k8s::ConnectionError`].
+    pub async fn bind(config: &Config) -> Result<Self> {
+        let listener = Listener::bind(&config.proxy.bind, config.proxy.port).await?;
+        let cluster = Cluster::load(&config.k8s).await?;
+        let version = cluster.check().await?;
+        info!(server = cluster.url(), version, "connected to the cluster");
+
+        let (clients, background) = (Drain::new(), Drain::new());
+        let (registry, writer, interests) = registry::channel(config.resolve_timeout);
+        let discovery = Discovery::new(cluster.clone(), &config.k8s, writer);
+        background.spawn(discovery.run(interests, background.clone()));
+        let forward = Arc::new(ChannelForward::new(&cluster, config.k8s.timeout));
+        let proxy = Proxy::new(
+            listener,
+            &config.proxy,
+            registry,
+            forward,
+            clients.clone(),
+            background.clone(),
+        );
+        for address in proxy.addresses() {
+            info!(%address, "listening");
+        }
+        Ok(Self {
+            proxy,
+            clients,
+            background,
+            drain_timeout: config.drain_timeout,
+        })
+    }
+
+    /// Returns the addresses that clients may connect to.
+    #[must_use]
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.proxy.addresses()
+    }
+
+    /// Runs until `stop` resolves, then stops accepting, lets running requests end until the deadline, and ends the rest.
+    pub async fn run(self, stop: impl Future<Output = ()>) {
+        let Self {
+            proxy,
+            clients,
+            background,
+            drain_timeout,
+        } = self;
+        clients.spawn(proxy.run());
+        stop.await;
+        match clients.complete(drain_timeout).await {
+            Drained::Gracefully => info!("every request was completed"),
+            Drained::Forced(left) => warn!(connections = left, "cut off at the deadline"),
+        }
+        background.complete(BACKGROUND_GRACE).await;
+    }
+}

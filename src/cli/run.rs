@@ -1,0 +1,72 @@
+//! `kube-tunnel run`: the proxy against a real cluster, until a signal ends it.
+
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result, bail};
+use tokio::signal;
+use tracing::{info, warn};
+
+use crate::app::App;
+use crate::config::Config;
+
+/// Runs until SIGINT or SIGTERM and then drains; a second signal ends the process at once.
+pub(super) fn run(config: &Config) -> Result<ExitCode> {
+    for origin in &config.pending {
+        warn!("{origin} is accepted, but what it governs is not part of this version yet");
+    }
+    if config.cleanup {
+        info!("nothing to undo: this version changes nothing in the operating system");
+        return Ok(ExitCode::SUCCESS);
+    }
+    if config.dns_only {
+        bail!("-dns-only: the DNS server is not part of this version yet, so there is nothing to run");
+    }
+    runtime()?.block_on(async {
+        let app = App::bind(config).await?;
+        info!("DNS, mDNS and the set-up of the system's DNS are not part of this version yet: send the service as the Host header");
+        app.run(stop_signal()).await;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// Makes the runtime of the program.
+pub(super) fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")
+}
+
+/// Resolves at the first signal to stop, and arms the second one to end the process at once.
+pub(super) async fn stop_signal() {
+    let first = one_signal().await;
+    info!(signal = first, "stopping; another signal ends at once");
+    tokio::task::spawn(async {
+        one_signal().await;
+        warn!("ended before running requests were complete");
+        std::process::exit(1);
+    });
+}
+
+#[cfg(unix)]
+async fn one_signal() -> &'static str {
+    use signal::unix::{SignalKind, signal};
+    let (Ok(mut interrupt), Ok(mut terminate)) =
+        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        // Without handlers the signals keep their default meaning and end the process.
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = interrupt.recv() => "SIGINT",
+        _ = terminate.recv() => "SIGTERM",
+    }
+}
+
+#[cfg(not(unix))]
+async fn one_signal() -> &'static str {
+    match signal::ctrl_c().await {
+        Ok(()) => "Ctrl-C",
+        Err(_) => std::future::pending().await,
+    }
+}

@@ -1,0 +1,183 @@
+//! The program's configuration: the sum of its components' settings, from flags, environment, file and defaults.
+//!
+//! Each setting is defined once, in [`setting`]; parser, help, environment, file and reference page all come from there.
+//! Everything is validated here, so that components never see a bad value.
+
+mod file;
+mod layer;
+pub mod setting;
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::k8s;
+use crate::name::Naming;
+use crate::proxy::{self, Bind, RetryPolicy};
+use crate::telemetry;
+
+pub use layer::{Layers, Source, Value};
+pub use setting::Setting;
+
+/// Why there is no configuration: a mistake of the user's, worded for them.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A value that its setting does not take.
+    #[error("{origin}: {value:?} is not valid: {reason}")]
+    BadValue {
+        /// Where the value came from, e.g. `--port` or `KUBE_TUNNEL_PORT`.
+        origin: String,
+        /// The value.
+        value: String,
+        /// What is expected.
+        reason: String,
+    },
+    /// The file cannot be read, is no TOML, or has an unknown key.
+    #[error("configuration file {}: {reason}", path.display())]
+    BadFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, in one line.
+        reason: String,
+    },
+}
+
+/// The whole configuration, validated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// The log.
+    pub telemetry: telemetry::Config,
+    /// The Kubernetes side.
+    pub k8s: k8s::Config,
+    /// The proxy.
+    pub proxy: proxy::Config,
+    /// How long a request waits for the first answer about its Service.
+    pub resolve_timeout: Duration,
+    /// How long requests may go on after the word to stop.
+    pub drain_timeout: Duration,
+    /// Only undo what was changed on this machine, and stop.
+    pub cleanup: bool,
+    /// Only serve DNS, without the proxy.
+    pub dns_only: bool,
+    /// Settings in use whose feature is not part of this version, in words.
+    pub pending: Vec<String>,
+}
+
+impl Config {
+    /// Validates the merged layers.
+    ///
+    /// # Errors
+    /// [`Error::BadValue`] for the first value that its setting does not take.
+    pub fn new(layers: &Layers) -> Result<Self, Error> {
+        use setting as s;
+        let idle_timeout = layers.duration(&s::IDLE_TIMEOUT)?;
+        let namespace = layers.text(&s::NAMESPACE);
+        Ok(Self {
+            telemetry: telemetry::Config {
+                filter: layers.parse(&s::LOG_LEVEL)?,
+                format: layers.parse(&s::LOG_FORMAT)?,
+            },
+            k8s: k8s::Config {
+                kubeconfig: layers.text(&s::KUBECONFIG).map(PathBuf::from),
+                context: layers.text(&s::CONTEXT),
+                timeout: layers.duration(&s::API_TIMEOUT)?,
+                poll_interval: layers.duration(&s::POLL_INTERVAL)?,
+                idle_timeout,
+            },
+            proxy: proxy::Config {
+                bind: bind(layers)?,
+                port: layers.parse(&s::PORT)?,
+                naming: Naming {
+                    zone: layers.parse(&s::CLUSTER_DOMAIN)?,
+                    namespace: namespace.map(Into::into),
+                },
+                retry: RetryPolicy {
+                    max_retries: layers.parse(&s::MAX_RETRIES)?,
+                    base_delay: Duration::from_millis(layers.parse(&s::RETRY_DELAY_MS)?),
+                },
+                header_timeout: layers.duration(&s::HEADER_TIMEOUT)?,
+                idle_timeout,
+            },
+            resolve_timeout: layers.duration(&s::RESOLVE_TIMEOUT)?,
+            drain_timeout: layers.duration(&s::DRAIN_TIMEOUT)?,
+            cleanup: layers.switch(&s::CLEANUP)?,
+            dns_only: layers.switch(&s::DNS_ONLY)?,
+            pending: pending(layers),
+        })
+    }
+}
+
+/// `auto` means loopback, and every address in a pod: there the clients are other pods (contract A5).
+fn bind(layers: &Layers) -> Result<Bind, Error> {
+    if layers.text(&setting::BIND).as_deref() != Some("auto") {
+        return layers.parse(&setting::BIND);
+    }
+    let in_pod = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
+    Ok(if in_pod { Bind::All } else { Bind::Loopback })
+}
+
+/// Lists the settings that somebody set although what they govern does not exist yet.
+fn pending(layers: &Layers) -> Vec<String> {
+    let set = setting::ALL
+        .iter()
+        .filter(|setting| setting.pending && layers.value(setting).source != Source::Default);
+    set.map(|setting| layers.value(setting).source.origin(setting))
+        .collect()
+}
+
+/// Prints the effective configuration as a configuration file, each line with the place its value came from.
+#[must_use]
+pub fn show(layers: &Layers) -> String {
+    let mut text = String::new();
+    for setting in setting::ALL {
+        let value = layers.value(setting);
+        let comment = if value.text.is_some() { "" } else { "# " };
+        let shown = setting.kind.toml(value.text.as_deref().unwrap_or_default());
+        let origin = value.source.origin(setting);
+        let _ = writeln!(text, "{comment}{} = {shown} # {origin}", setting.key);
+    }
+    text
+}
+
+/// Renders the reference page of all settings, `docs/configuration.md`.
+#[must_use]
+pub fn reference() -> String {
+    let mut page = String::from(
+        "# Settings\n\n\
+         Generated from the definitions in `src/config/setting.rs`; `cargo test` fails when this page is stale, and\n\
+         `UPDATE_DOCS=1 cargo test --test docs` rewrites it.\n\n\
+         Every setting is a flag (`-port=8080`, `-port 8080`, `--port=8080` are the same), an environment variable and a key\n\
+         of the TOML file that `--config` names (default: `kube-tunnel/config.toml` under `$XDG_CONFIG_HOME` or `~/.config`).\n\
+         A flag wins over the environment, the environment over the file, the file over the default. Unknown keys of the file\n\
+         are errors. `kube-tunnel config` prints what is in force and where each value came from.\n\n\
+         Durations are written as `200ms`, `30s`, `10m` or `1h 30m`.\n\n\
+         | flag and key | environment | type | default | meaning |\n|---|---|---|---|---|\n",
+    );
+    for setting in setting::ALL {
+        let names: Vec<_> = setting.variables().map(|name| format!("`{name}`")).collect();
+        let default = setting
+            .default
+            .map_or_else(|| "none".into(), |default| format!("`{default}`"));
+        let later = if setting.pending {
+            "*Accepted, but not part of this version yet.*"
+        } else {
+            setting.why
+        };
+        let _ = writeln!(
+            page,
+            "| `{}` | {} | {} | {default} | {}. {later} |",
+            setting.key,
+            names.join(", "),
+            setting.kind,
+            setting.help,
+        );
+    }
+    page.push_str(
+        "\n`PROXY_MAX_RETRIES`, `PROXY_RETRY_DELAY_MS` and `LOG_LEVEL` in the environment never stop the program: a bad value is\n\
+         reported in one warning and passed over. Any other bad value is an error (exit code 2).\n",
+    );
+    page
+}
+
+#[cfg(test)]
+mod tests;

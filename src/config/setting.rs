@@ -1,0 +1,342 @@
+//! The definition of every setting. To add one: define it here, list it in [`ALL`], read it in `Config::new`, and
+//! regenerate `docs/configuration.md`.
+
+use std::fmt;
+use std::time::Duration;
+
+use jiff::SignedDuration;
+
+/// What values a setting takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// True or false; as a flag it needs no value.
+    Switch,
+    /// A whole number within the bounds.
+    Number {
+        /// The smallest value.
+        min: u64,
+        /// The largest value.
+        max: u64,
+    },
+    /// A span of time that is not zero.
+    Duration,
+    /// One of these words.
+    Choice(&'static [&'static str]),
+    /// Anything that its parser takes; the text says what that is.
+    Text(&'static str),
+}
+
+/// One setting.
+#[derive(Debug)]
+pub struct Setting {
+    /// The flag's name and the file's key.
+    pub key: &'static str,
+    /// Variables of the environment beside `KUBE_TUNNEL_…`: the names that the seed promised.
+    pub aliases: &'static [&'static str],
+    /// What values it takes.
+    pub kind: Kind,
+    /// Its value when nobody sets one.
+    pub default: Option<&'static str>,
+    /// What it does, in one clause.
+    pub help: &'static str,
+    /// Why the default is what it is, or what else one should know.
+    pub why: &'static str,
+    /// Whether a bad value in the environment is reported and passed over instead of stopping the program (contract B2).
+    pub lenient: bool,
+    /// Whether what it governs is not part of this version yet.
+    pub pending: bool,
+}
+
+impl Setting {
+    const fn new(
+        key: &'static str,
+        kind: Kind,
+        default: Option<&'static str>,
+        help: &'static str,
+        why: &'static str,
+    ) -> Self {
+        Self {
+            key,
+            aliases: &[],
+            kind,
+            default,
+            help,
+            why,
+            lenient: false,
+            pending: false,
+        }
+    }
+
+    const fn alias(mut self, aliases: &'static [&'static str]) -> Self {
+        self.aliases = aliases;
+        self.lenient = true;
+        self
+    }
+
+    const fn pending(mut self) -> Self {
+        self.pending = true;
+        self
+    }
+
+    /// Lists the variables that may hold it, the one that wins first.
+    pub fn variables(&self) -> impl Iterator<Item = String> {
+        let own = format!("KUBE_TUNNEL_{}", self.key.to_ascii_uppercase().replace('-', "_"));
+        std::iter::once(own).chain(self.aliases.iter().map(|alias| (*alias).to_owned()))
+    }
+}
+
+/// The one port of the proxy.
+pub static PORT: Setting = Setting::new(
+    "port",
+    Kind::Number { min: 0, max: 65535 },
+    Some("80"),
+    "Port to listen on; 0 takes any free one",
+    "80 lets service URLs work as they are written in the cluster.",
+);
+/// The addresses of the proxy.
+pub static BIND: Setting = Setting::new(
+    "bind",
+    Kind::Text("`auto`, `loopback`, `all`, or IP addresses with commas"),
+    Some("auto"),
+    "Addresses to listen on",
+    "`auto` is loopback only, and every address inside a pod: whoever can connect acts with your rights in the cluster.",
+);
+/// The kubeconfig file.
+pub static KUBECONFIG: Setting = Setting::new(
+    "kubeconfig",
+    Kind::Text("path"),
+    None,
+    "Kubeconfig file",
+    "Without it `KUBECONFIG` (a list is merged as kubectl does), then `~/.kube/config`, then the pod's service account.",
+);
+/// The context.
+pub static CONTEXT: Setting = Setting::new(
+    "context",
+    Kind::Text("name"),
+    None,
+    "Context of the kubeconfig",
+    "Without it the current context, read once at the start.",
+);
+/// The namespace of bare names.
+pub static NAMESPACE: Setting = Setting::new(
+    "namespace",
+    Kind::Text("name"),
+    None,
+    "Namespace that completes a host of one label (`http://web/`)",
+    "Without it such hosts belong to no Service.",
+);
+/// The DNS zone.
+pub static CLUSTER_DOMAIN: Setting = Setting::new(
+    "cluster-domain",
+    Kind::Text("DNS name"),
+    Some("cluster.local"),
+    "DNS zone of the cluster",
+    "The default of kubeadm and the clouds.",
+);
+/// How often a request is retried.
+pub static MAX_RETRIES: Setting = Setting::new(
+    "max-retries",
+    Kind::Number { min: 0, max: 10 },
+    Some("3"),
+    "How often a failed request is sent again after a pause",
+    "0 turns retries off, those on another pod too.",
+)
+.alias(&["PROXY_MAX_RETRIES"]);
+/// The first pause before a retry.
+pub static RETRY_DELAY_MS: Setting = Setting::new(
+    "retry-delay-ms",
+    Kind::Number { min: 50, max: 5000 },
+    Some("200"),
+    "First pause before a retry, in milliseconds",
+    "Each further pause is twice as long, up to 5 s, less a random part of up to a quarter.",
+)
+.alias(&["PROXY_RETRY_DELAY_MS"]);
+/// How long unused things are kept.
+pub static IDLE_TIMEOUT: Setting = Setting::new(
+    "idle-timeout",
+    Kind::Duration,
+    Some("10m"),
+    "How long a connection to a pod, and what is known of its Service, is kept without use",
+    "Never cuts a connection that carries a request.",
+);
+/// How long shutdown waits.
+pub static DRAIN_TIMEOUT: Setting = Setting::new(
+    "drain-timeout",
+    Kind::Duration,
+    Some("30s"),
+    "How long running requests may go on after the first SIGINT or SIGTERM",
+    "The grace period that Kubernetes gives a pod; a second signal ends at once.",
+);
+/// How long a client may take for headers.
+pub static HEADER_TIMEOUT: Setting = Setting::new(
+    "header-timeout",
+    Kind::Duration,
+    Some("30s"),
+    "How long a client may take to send the headers of a request, and to begin its first one",
+    "Long enough for a slow link, short enough that silent clients do not pile up. Bodies have no limit.",
+);
+/// How long a request waits for a lookup.
+pub static RESOLVE_TIMEOUT: Setting = Setting::new(
+    "resolve-timeout",
+    Kind::Duration,
+    Some("10s"),
+    "How long a request waits for the first answer about its Service",
+    "Outlasts a restart of the API server.",
+);
+/// How long the API server may take.
+pub static API_TIMEOUT: Setting = Setting::new(
+    "api-timeout",
+    Kind::Duration,
+    Some("5s"),
+    "How long the API server may take to answer the headers of a request",
+    "Several round trips to the other end of the world; streams are not cut.",
+);
+/// How often to poll without watch.
+pub static POLL_INTERVAL: Setting = Setting::new(
+    "poll-interval",
+    Kind::Duration,
+    Some("5s"),
+    "How often a Service in use is read again where the user may not watch it",
+    "A pod that proves gone is looked up at once.",
+);
+/// The log's level.
+pub static LOG_LEVEL: Setting = Setting::new(
+    "log-level",
+    Kind::Text(
+        "`error`, `warn`, `info`, `debug`, `trace`, or directives such as `kube_tunnel=debug,hyper=info`",
+    ),
+    Some("info"),
+    "What is logged",
+    "Levels in any case; directives as `RUST_LOG` has them.",
+)
+.alias(&["LOG_LEVEL"]);
+/// The log's form.
+pub static LOG_FORMAT: Setting = Setting::new(
+    "log-format",
+    Kind::Choice(&["text", "json"]),
+    Some("text"),
+    "Form of a log line",
+    "Either goes to stderr.",
+);
+/// No OS DNS.
+pub static NO_DNS: Setting = Setting::new(
+    "no-dns",
+    Kind::Switch,
+    Some("false"),
+    "Leave the operating system's DNS alone",
+    "",
+)
+.pending();
+/// No mDNS.
+pub static NO_MDNS: Setting = Setting::new(
+    "no-mdns",
+    Kind::Switch,
+    Some("false"),
+    "Send and answer no multicast DNS",
+    "",
+)
+.pending();
+/// DNS without the proxy.
+pub static DNS_ONLY: Setting = Setting::new(
+    "dns-only",
+    Kind::Switch,
+    Some("false"),
+    "Set DNS up and serve it, without the proxy",
+    "Fails in this version, which has no DNS server.",
+);
+/// Undo OS changes.
+pub static CLEANUP: Setting = Setting::new(
+    "cleanup",
+    Kind::Switch,
+    Some("false"),
+    "Undo every change that this or an earlier run made to the operating system, and exit",
+    "This version makes none.",
+);
+
+/// Every setting, in the order of help and reference page.
+pub static ALL: &[&Setting] = &[
+    &PORT,
+    &BIND,
+    &KUBECONFIG,
+    &CONTEXT,
+    &NAMESPACE,
+    &CLUSTER_DOMAIN,
+    &MAX_RETRIES,
+    &RETRY_DELAY_MS,
+    &IDLE_TIMEOUT,
+    &DRAIN_TIMEOUT,
+    &HEADER_TIMEOUT,
+    &RESOLVE_TIMEOUT,
+    &API_TIMEOUT,
+    &POLL_INTERVAL,
+    &LOG_LEVEL,
+    &LOG_FORMAT,
+    &NO_DNS,
+    &NO_MDNS,
+    &DNS_ONLY,
+    &CLEANUP,
+];
+
+impl Kind {
+    /// Says what is wrong with a value, as far as the kind alone can tell.
+    ///
+    /// # Errors
+    /// What is expected instead.
+    pub fn check(&self, text: &str) -> Result<(), String> {
+        match self {
+            Self::Switch => switch(text)
+                .map(drop)
+                .ok_or_else(|| "expected true or false".into()),
+            Self::Number { min, max } => match text.parse::<u64>() {
+                Ok(number) if (*min..=*max).contains(&number) => Ok(()),
+                _ => Err(format!("expected a number from {min} to {max}")),
+            },
+            Self::Duration => duration(text)
+                .map(drop)
+                .ok_or_else(|| "expected a duration such as 200ms, 30s or 10m".into()),
+            Self::Choice(words) if words.contains(&text) => Ok(()),
+            Self::Choice(words) => Err(format!("expected {}", words.join(" or "))),
+            Self::Text(_) => Ok(()),
+        }
+    }
+
+    /// Writes a value as TOML.
+    #[must_use]
+    pub fn toml(&self, text: &str) -> String {
+        match self {
+            Self::Number { .. } if !text.is_empty() => text.into(),
+            Self::Switch => switch(text).unwrap_or(false).to_string(),
+            // A JSON string is a TOML basic string.
+            _ => serde_json::Value::from(text).to_string(),
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Switch => f.write_str("switch"),
+            Self::Number { min, max } => write!(f, "{min} to {max}"),
+            Self::Duration => f.write_str("duration"),
+            Self::Choice(words) => write!(f, "`{}`", words.join("` or `")),
+            Self::Text(what) => f.write_str(what),
+        }
+    }
+}
+
+/// Reads a truth value in any spelling that Go's flag package takes.
+pub(super) fn switch(text: &str) -> Option<bool> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Some(false),
+        _ => None,
+    }
+}
+
+/// Reads a span of time above zero.
+pub(super) fn duration(text: &str) -> Option<Duration> {
+    let duration: SignedDuration = text.parse().ok()?;
+    Duration::try_from(duration)
+        .ok()
+        .filter(|duration| !duration.is_zero())
+}
