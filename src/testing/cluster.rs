@@ -1,0 +1,118 @@
+//! The state that all connections of the double share.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::access::Access;
+use super::faults::Faults;
+use super::resource::Target;
+use super::store::Store;
+
+/// One authenticated request as RBAC sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApiCall {
+    /// Who asked.
+    pub user: String,
+    /// `get`, `list`, `watch`, `create`, …
+    pub verb: String,
+    /// API group, empty for core.
+    pub group: String,
+    /// Plural resource name.
+    pub resource: String,
+    /// `portforward`, if any.
+    pub subresource: Option<String>,
+    /// Absent for all namespaces.
+    pub namespace: Option<String>,
+    /// Absent for collections.
+    pub name: Option<String>,
+}
+
+/// Shared state; the parts lock themselves.
+#[derive(Debug)]
+pub(super) struct Cluster {
+    /// Objects.
+    pub(super) store: Store,
+    /// Users and permissions.
+    pub(super) access: Access,
+    /// What is broken.
+    pub(super) faults: Faults,
+    /// Where container ports really lead.
+    pub(super) routes: Mutex<BTreeMap<(String, String, u16), SocketAddr>>,
+    /// Requests seen.
+    pub(super) calls: Mutex<Vec<ApiCall>>,
+    /// Counts demanded bookmarks; watches send one whenever it changes.
+    pub(super) bookmarks: watch::Sender<u64>,
+    /// Every task of the double.
+    pub(super) tasks: TaskTracker,
+    /// Ends the double.
+    pub(super) stop: CancellationToken,
+    /// Ends the connections that exist now; replaced by each restart.
+    pub(super) live: Mutex<CancellationToken>,
+}
+
+impl Cluster {
+    /// An empty cluster.
+    pub(super) fn new() -> Self {
+        let stop = CancellationToken::new();
+        Self {
+            store: Store::new(),
+            access: Access::default(),
+            faults: Faults::new(),
+            routes: Mutex::default(),
+            calls: Mutex::default(),
+            bookmarks: watch::Sender::new(0),
+            tasks: TaskTracker::new(),
+            live: Mutex::new(stop.child_token()),
+            stop,
+        }
+    }
+
+    /// Where a container port of a pod leads.
+    pub(super) fn route(&self, namespace: &str, pod: &str, port: u16) -> Option<SocketAddr> {
+        lock(&self.routes)
+            .get(&(namespace.to_owned(), pod.to_owned(), port))
+            .copied()
+    }
+
+    /// The token of connections accepted now.
+    pub(super) fn connection_token(&self) -> CancellationToken {
+        lock(&self.live).child_token()
+    }
+
+    /// Cuts every connection that exists now.
+    pub(super) fn cut_connections(&self) {
+        let old = std::mem::replace(&mut *lock(&self.live), self.stop.child_token());
+        old.cancel();
+    }
+
+    /// Writes a request into the record.
+    pub(super) fn record(&self, user: &str, target: &Target) {
+        lock(&self.calls).push(ApiCall {
+            user: user.to_owned(),
+            verb: target.verb.to_owned(),
+            group: target.kind.group().to_owned(),
+            resource: target.kind.plural().to_owned(),
+            subresource: target.subresource.clone(),
+            namespace: target.namespace.clone(),
+            name: target.name.clone(),
+        });
+    }
+}
+
+/// Locks without a way to fail: no code panics while it holds one of these locks.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Sleeps; not at all for zero, where the timer would still take up to a millisecond.
+pub(super) async fn pause(duration: Duration) {
+    if !duration.is_zero() {
+        tokio::time::sleep(duration).await;
+    }
+}

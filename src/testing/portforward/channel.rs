@@ -1,0 +1,122 @@
+//! Port-forwards as `v4.channel.k8s.io` WebSocket messages: a channel byte, then payload.
+//!
+//! For the i-th port, channel 2i carries data and 2i+1 the error text; the first message on each is the port, little
+//! endian (`cri-streaming:pkg/streaming/portforward/websocket.go`).
+
+use std::time::Duration;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use futures_util::future::join_all;
+use futures_util::{Sink, SinkExt, Stream, StreamExt};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role};
+use tokio_tungstenite::tungstenite::{self, Message};
+
+use super::pod::Pod;
+
+/// How long the client may take to answer our Close.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Serves one WebSocket until every forward has ended or the client is gone.
+pub(super) async fn serve(io: impl AsyncRead + AsyncWrite + Unpin, pod: &Pod, ports: &[u16]) {
+    let (sink, stream) = WebSocketStream::from_raw_socket(io, Role::Server, None)
+        .await
+        .split();
+    let (out, outgoing) = mpsc::channel(4);
+    // One message in flight per port: a port that does not read stops them all, as Go's io.Pipe does.
+    let (inputs, receivers): (Vec<_>, Vec<_>) = ports.iter().map(|_| mpsc::channel(1)).unzip();
+    let forwards = async move {
+        join_all(
+            receivers
+                .into_iter()
+                .zip(ports)
+                .enumerate()
+                .map(|(index, (input, &port))| {
+                    let channel = u8::try_from(2 * index).unwrap_or(u8::MAX);
+                    forward(pod, port, channel, input, out.clone())
+                }),
+        )
+        .await;
+    };
+    let reader = read(stream, inputs);
+    let forwarding = async { tokio::join!(forwards, write(sink, outgoing)) };
+    tokio::pin!(forwarding, reader);
+    tokio::select! {
+        // We closed: the client gets a moment to answer before TCP ends.
+        _ = &mut forwarding => drop(timeout(CLOSE_TIMEOUT, reader).await),
+        // The client is gone, which is EOF for the pod: what it has sent may still arrive there.
+        () = &mut reader => drop(timeout(pod.close_grace(), forwarding).await),
+    }
+}
+
+async fn forward(
+    pod: &Pod,
+    port: u16,
+    channel: u8,
+    input: mpsc::Receiver<Bytes>,
+    out: mpsc::Sender<Message>,
+) {
+    for greeted in [channel, channel + 1] {
+        if out.send(message(greeted, &port.to_le_bytes())).await.is_err() {
+            return;
+        }
+    }
+    let result = pod
+        .forward(port, input, &out, |bytes| message(channel, &bytes))
+        .await;
+    if let Err(text) = result {
+        // A closed channel means that the client is gone and needs no text.
+        let _ = out.send(message(channel + 1, text.as_bytes())).await;
+    }
+}
+
+async fn read(
+    mut stream: impl Stream<Item = tungstenite::Result<Message>> + Unpin,
+    inputs: Vec<mpsc::Sender<Bytes>>,
+) {
+    while let Some(Ok(received)) = stream.next().await {
+        let Message::Binary(mut payload) = received else {
+            continue;
+        };
+        if payload.is_empty() {
+            continue;
+        }
+        let channel = usize::from(payload.split_to(1)[0]);
+        // Clients have nothing to say on error channels.
+        if channel.is_multiple_of(2)
+            && let Some(input) = inputs.get(channel / 2)
+            && !payload.is_empty()
+        {
+            // The forward of this channel may have ended; others may not.
+            let _ = input.send(payload).await;
+        }
+    }
+}
+
+async fn write(
+    mut sink: impl Sink<Message, Error = tungstenite::Error> + Unpin,
+    mut outgoing: mpsc::Receiver<Message>,
+) -> tungstenite::Result<()> {
+    while let Some(message) = outgoing.recv().await {
+        sink.feed(message).await?;
+        if outgoing.is_empty() {
+            sink.flush().await?;
+        }
+    }
+    sink.send(Message::Close(Some(CloseFrame {
+        code: CloseCode::Normal,
+        reason: "".into(),
+    })))
+    .await
+}
+
+fn message(channel: u8, payload: &[u8]) -> Message {
+    let mut bytes = BytesMut::with_capacity(payload.len() + 1);
+    bytes.put_u8(channel);
+    bytes.put_slice(payload);
+    Message::Binary(bytes.freeze())
+}
