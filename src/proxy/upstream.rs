@@ -3,6 +3,7 @@
 //! An HTTP/1.1 connection carries one request at a time and goes back to its pool at the end of the response; an HTTP/2
 //! connection is shared. Connections that nobody used for the idle time are closed.
 
+mod cause;
 mod http1;
 mod http2;
 
@@ -20,6 +21,7 @@ use tracing::debug;
 use crate::drain::Drain;
 use crate::proxy::body::RequestBody;
 use crate::proxy::error::Error;
+use crate::proxy::upstream::cause::Cause;
 use crate::transport::{Connect, ConnectError, Target, io_cause};
 
 pub(crate) use http1::Lease;
@@ -128,48 +130,30 @@ impl Upstream {
         request: Request<RequestBody>,
     ) -> Result<Answer, Failure> {
         let unconnected = |error: ConnectError| Error::Connect(target.clone(), error);
+        let unopened =
+            |(error, request)| Failure { error: unconnected(error), unsent: Some(request), reused: false };
         match self.pool(target, wire) {
             Pool::Http1(pool) => {
-                let (mut sender, reused) = match pool.checkout(&self.shared).await {
+                let (mut connection, reused) = match pool.checkout(&self.shared).await {
                     Ok(found) => found,
-                    Err(error) => {
-                        return Err(Failure {
-                            error: unconnected(error),
-                            unsent: Some(request),
-                            reused: false,
-                        });
-                    }
+                    Err(error) => return Err(unopened((error, request))),
                 };
-                match sender.try_send_request(request).await {
+                match connection.sender.try_send_request(request).await {
                     Ok(response) => {
-                        let lease = Lease::new(pool, sender, self.shared.drain.clone());
-                        Ok(Answer {
-                            response,
-                            lease,
-                            reused,
-                        })
+                        let lease = Lease::new(pool, connection, self.shared.drain.clone());
+                        Ok(Answer { response, lease, reused })
                     }
-                    Err(error) => Err(failure(target, error, reused)),
+                    Err(error) => Err(failure(target, error, &connection.cause, reused)),
                 }
             }
             Pool::H2c(pool) => {
-                let (mut sender, reused) = match pool.checkout(&self.shared).await {
+                let (mut connection, reused) = match pool.checkout(&self.shared).await {
                     Ok(found) => found,
-                    Err(error) => {
-                        return Err(Failure {
-                            error: unconnected(error),
-                            unsent: Some(request),
-                            reused: false,
-                        });
-                    }
+                    Err(error) => return Err(unopened((error, request))),
                 };
-                match sender.try_send_request(request).await {
-                    Ok(response) => Ok(Answer {
-                        response,
-                        lease: Lease::none(),
-                        reused,
-                    }),
-                    Err(error) => Err(failure(target, error, reused)),
+                match connection.sender.try_send_request(request).await {
+                    Ok(response) => Ok(Answer { response, lease: Lease::none(), reused }),
+                    Err(error) => Err(failure(target, error, &connection.cause, reused)),
                 }
             }
         }
@@ -212,24 +196,19 @@ async fn sweep(pools: &Mutex<HashMap<(Target, Wire), Pool>>, idle_timeout: Durat
 }
 
 /// Words the failure of a request that a connection was found for.
-fn failure(target: &Target, mut error: TrySendError<Request<RequestBody>>, reused: bool) -> Failure {
+fn failure(target: &Target, mut error: TrySendError<Request<RequestBody>>, cause: &Cause, reused: bool) -> Failure {
     let unsent = error.take_message();
     let error = error.into_error();
     let target = target.clone();
-    let error = match io_cause(&error) {
-        Some(io) if io.kind() == std::io::ErrorKind::ConnectionRefused => {
-            Error::Refused(target, io.to_string())
-        }
+    let noted = cause.get();
+    let error = match io_cause(&error).or(noted.as_ref()) {
+        Some(io) if io.kind() == std::io::ErrorKind::ConnectionRefused => Error::Refused(target, io.to_string()),
         Some(io) => Error::Reset(target, io.to_string()),
         // The only user here is the request's body, which comes from the client.
         None if error.is_user() => Error::ClientGone,
         None => Error::Reset(target, error.to_string()),
     };
-    Failure {
-        error,
-        unsent,
-        reused,
-    }
+    Failure { error, unsent, reused }
 }
 
 /// Locks what only plain code guards; a panic inside such code left it consistent.

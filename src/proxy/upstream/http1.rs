@@ -15,13 +15,18 @@ use tracing::debug;
 
 use crate::drain::Drain;
 use crate::proxy::body::RequestBody;
+use crate::proxy::upstream::cause::{Cause, Noted};
 use crate::proxy::upstream::{Shared, lock};
 use crate::transport::{ConnectError, Target};
 
 /// How many connections are opened at the same time to one port of one pod.
 const MAX_OPENING: usize = 16;
 
-type Sender = SendRequest<RequestBody>;
+/// A connection, as its user sees it.
+pub(super) struct Connection {
+    pub(super) sender: SendRequest<RequestBody>,
+    pub(super) cause: Cause,
+}
 
 /// The connections to one port of one pod.
 pub(super) struct Pool {
@@ -32,9 +37,9 @@ pub(super) struct Pool {
 #[derive(Default)]
 struct State {
     /// Connections without a request, the most recently used last.
-    idle: Vec<(Sender, Instant)>,
+    idle: Vec<(Connection, Instant)>,
     /// Requests without a connection, in order of arrival. The flag says whether the connection was in use before.
-    waiting: VecDeque<oneshot::Sender<Result<(Sender, bool), ConnectError>>>,
+    waiting: VecDeque<oneshot::Sender<Result<(Connection, bool), ConnectError>>>,
     /// How many connections are being opened.
     opening: usize,
 }
@@ -51,12 +56,12 @@ impl Pool {
     pub(super) async fn checkout(
         self: &Arc<Self>,
         shared: &Arc<Shared>,
-    ) -> Result<(Sender, bool), ConnectError> {
+    ) -> Result<(Connection, bool), ConnectError> {
         let waiting = {
             let mut state = lock(&self.state);
-            while let Some((sender, _)) = state.idle.pop() {
-                if sender.is_ready() {
-                    return Ok((sender, true));
+            while let Some((connection, _)) = state.idle.pop() {
+                if connection.sender.is_ready() {
+                    return Ok((connection, true));
                 }
             }
             let (hand_over, waiting) = oneshot::channel();
@@ -83,7 +88,7 @@ impl Pool {
             let opened = self.connect(shared).await;
             let mut state = lock(&self.state);
             match opened {
-                Ok(sender) => state.hand_over(sender, false),
+                Ok(connection) => state.hand_over(connection, false),
                 Err(error) => {
                     // Every waiter would fail the same way; each decides for itself whether to try again.
                     for waiting in state.waiting.drain(..) {
@@ -99,11 +104,12 @@ impl Pool {
         }
     }
 
-    async fn connect(&self, shared: &Arc<Shared>) -> Result<Sender, ConnectError> {
+    async fn connect(&self, shared: &Arc<Shared>) -> Result<Connection, ConnectError> {
         let stream = shared.connect.connect(&self.target).await?;
+        let cause = Cause::default();
         let (sender, connection) = http1::Builder::new()
             .preserve_header_case(true)
-            .handshake(TokioIo::new(stream))
+            .handshake(TokioIo::new(Noted::new(stream, cause.clone())))
             .await
             .map_err(|error| ConnectError::Unavailable(error.to_string()))?;
         let target = self.target.clone();
@@ -112,7 +118,7 @@ impl Pool {
                 debug!(%target, %error, "connection to the pod ended");
             }
         });
-        Ok(sender)
+        Ok(Connection { sender, cause })
     }
 
     /// Closes connections that have been idle since `limit` or longer. Returns whether anything is left.
@@ -120,7 +126,7 @@ impl Pool {
         let mut state = lock(&self.state);
         state
             .idle
-            .retain(|(sender, since)| *since > limit && sender.is_ready());
+            .retain(|(connection, since)| *since > limit && connection.sender.is_ready());
         // A request that holds the pool may be about to give a connection back.
         !state.idle.is_empty()
             || !state.waiting.is_empty()
@@ -131,16 +137,16 @@ impl Pool {
 
 impl State {
     /// Gives a connection to the first request that still waits, or keeps it.
-    fn hand_over(&mut self, sender: Sender, used: bool) {
-        let mut sender = sender;
+    fn hand_over(&mut self, connection: Connection, used: bool) {
+        let mut connection = connection;
         while let Some(waiting) = self.waiting.pop_front() {
-            match waiting.send(Ok((sender, used))) {
+            match waiting.send(Ok((connection, used))) {
                 Ok(()) => return,
-                Err(Ok((back, _))) => sender = back,
+                Err(Ok((back, _))) => connection = back,
                 Err(Err(_)) => unreachable!("what comes back is what was sent"),
             }
         }
-        self.idle.push((sender, Instant::now()));
+        self.idle.push((connection, Instant::now()));
     }
 }
 
@@ -150,7 +156,7 @@ pub(crate) struct Lease(Option<Box<Held>>);
 
 struct Held {
     pool: Arc<Pool>,
-    sender: Sender,
+    connection: Connection,
     drain: Drain,
 }
 
@@ -163,8 +169,8 @@ impl std::fmt::Debug for Held {
 }
 
 impl Lease {
-    pub(super) fn new(pool: Arc<Pool>, sender: Sender, drain: Drain) -> Self {
-        Self(Some(Box::new(Held { pool, sender, drain })))
+    pub(super) fn new(pool: Arc<Pool>, connection: Connection, drain: Drain) -> Self {
+        Self(Some(Box::new(Held { pool, connection, drain })))
     }
 
     /// Makes the lease of a connection that is shared and need not be given back.
@@ -175,18 +181,14 @@ impl Lease {
     /// Gives the connection back, to be called when the response's body has been read to its end.
     pub(crate) fn give_back(self) {
         let Some(held) = self.0 else { return };
-        let Held {
-            pool,
-            mut sender,
-            drain,
-        } = *held;
-        if sender.is_ready() {
-            lock(&pool.state).hand_over(sender, true);
-        } else if !sender.is_closed() {
+        let Held { pool, mut connection, drain } = *held;
+        if connection.sender.is_ready() {
+            lock(&pool.state).hand_over(connection, true);
+        } else if !connection.sender.is_closed() {
             // The connection's task has yet to see the end of the message, or is still sending the request's body.
             drain.spawn(async move {
-                if sender.ready().await.is_ok() {
-                    lock(&pool.state).hand_over(sender, true);
+                if connection.sender.ready().await.is_ok() {
+                    lock(&pool.state).hand_over(connection, true);
                 }
             });
         }

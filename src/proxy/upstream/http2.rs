@@ -9,6 +9,7 @@ use tokio::time::Instant;
 use tracing::debug;
 
 use crate::proxy::body::RequestBody;
+use crate::proxy::upstream::cause::{Cause, Noted};
 use crate::proxy::upstream::{Shared, lock};
 use crate::transport::{ConnectError, Target};
 
@@ -16,8 +17,14 @@ use crate::transport::{ConnectError, Target};
 const STREAM_WINDOW: u32 = 2 << 20;
 const CONNECTION_WINDOW: u32 = 8 << 20;
 
-type Sender = SendRequest<RequestBody>;
-type Waiting = oneshot::Sender<Result<Sender, ConnectError>>;
+/// A connection, as its users see it.
+#[derive(Clone)]
+pub(super) struct Connection {
+    pub(super) sender: SendRequest<RequestBody>,
+    pub(super) cause: Cause,
+}
+
+type Waiting = oneshot::Sender<Result<Connection, ConnectError>>;
 
 /// The connection to one port of one pod.
 pub(super) struct Pool {
@@ -26,7 +33,7 @@ pub(super) struct Pool {
 }
 
 struct State {
-    current: Option<Sender>,
+    current: Option<Connection>,
     /// Requests that wait for the connection being opened; one is being opened exactly while there are some.
     waiting: Vec<Waiting>,
     /// When the connection was last asked for.
@@ -50,12 +57,12 @@ impl Pool {
     pub(super) async fn checkout(
         self: &Arc<Self>,
         shared: &Arc<Shared>,
-    ) -> Result<(Sender, bool), ConnectError> {
+    ) -> Result<(Connection, bool), ConnectError> {
         let waiting = {
             let mut state = lock(&self.state);
             state.used = Instant::now();
             match &state.current {
-                Some(sender) if !sender.is_closed() => return Ok((sender.clone(), true)),
+                Some(connection) if !connection.sender.is_closed() => return Ok((connection.clone(), true)),
                 _ => state.current = None,
             }
             let (hand_over, waiting) = oneshot::channel();
@@ -84,13 +91,14 @@ impl Pool {
         state.current = opened.ok();
     }
 
-    async fn connect(&self, shared: &Arc<Shared>) -> Result<Sender, ConnectError> {
+    async fn connect(&self, shared: &Arc<Shared>) -> Result<Connection, ConnectError> {
         let stream = shared.connect.connect(&self.target).await?;
+        let cause = Cause::default();
         let (sender, connection) = http2::Builder::new(shared.drain.clone())
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
-            .handshake(TokioIo::new(stream))
+            .handshake(TokioIo::new(Noted::new(stream, cause.clone())))
             .await
             .map_err(|error| ConnectError::Unavailable(error.to_string()))?;
         let target = self.target.clone();
@@ -99,7 +107,7 @@ impl Pool {
                 debug!(%target, %error, "connection to the pod ended");
             }
         });
-        Ok(sender)
+        Ok(Connection { sender, cause })
     }
 
     /// Closes the connection if nobody asked for it since `limit` and no stream is open. Returns whether anything is left.
@@ -109,7 +117,7 @@ impl Pool {
             // hyper keeps the connection up until the streams that are open on it have ended.
             state.current = None;
         }
-        let alive = state.current.as_ref().is_some_and(|sender| !sender.is_closed());
+        let alive = state.current.as_ref().is_some_and(|connection| !connection.sender.is_closed());
         alive || !state.waiting.is_empty() || Arc::strong_count(self) > 1
     }
 }

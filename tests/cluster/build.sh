@@ -1,0 +1,60 @@
+# shellcheck shell=bash disable=SC2154 # lib.sh and up set the variables
+# Builds, once each, what the cluster runs: every result has a folder in the cache,
+# named after a hash of all that went into it. Needs Go and its module proxy only.
+
+kubernetes_version=$(awk '$1 == "k8s.io/kubernetes" { print $2; exit }' "$here/kubernetes/go.mod")
+
+# cached NAME: where the result of the module tests/cluster/NAME belongs.
+cached() {
+  local key
+  key=$({ go env GOVERSION GOARCH && cd "$here/$1" && find . \( -name '*.go' -o -name 'go.*' \) -print0 | LC_ALL=C sort -z | xargs -0 cat -- "$here/build.sh"; } | sha256sum)
+  echo "$cache/$1-${key:0:12}"
+}
+
+# build NAME: prints the folder, filled by build_NAME if this is the first time.
+build() {
+  local folder
+  command -v go >/dev/null || die "the cluster is built with Go: put go on PATH"
+  folder=$(cached "$1")
+  if [[ ! -d $folder ]]; then
+    say "building $1 (once) ..."
+    local unfinished=$folder.unfinished
+    rm -rf "$unfinished"
+    mkdir -p "$unfinished"
+    (
+      cd "$here/$1" || exit
+      "build_$1" "$unfinished"
+    ) >&2
+    mv "$unfinished" "$folder"
+  fi
+  echo "$folder"
+}
+
+go_build() {
+  # -buildvcs=false: the key above says what is in it, and a repository may have no commit yet.
+  CGO_ENABLED=0 nice -n 5 go build -mod=readonly -trimpath -buildvcs=false "$@"
+}
+
+build_kubernetes() {
+  local package=k8s.io/component-base/version minor=${kubernetes_version#v1.}
+  # Without these, clients take the server for v0.0.0 and some refuse to talk to it.
+  go_build -o "$1/kubernetes" -ldflags "-s -w -X $package.gitVersion=$kubernetes_version \
+    -X $package.gitMajor=1 -X $package.gitMinor=${minor%%.*}" .
+  local name
+  for name in kube-apiserver kube-controller-manager kube-scheduler kubelet kubectl; do
+    ln -s kubernetes "$1/$name"
+  done
+}
+
+build_etcd() { go_build -ldflags '-s -w' -o "$1/etcd" .; }
+
+build_images() {
+  go_build -ldflags '-s -w' -o "$1/" ./server ./pause ./ocitar
+  "$1/ocitar" "docker.io/$server_image" "$1/server" >"$1/server.tar"
+  "$1/ocitar" "docker.io/$pause_image" "$1/pause" >"$1/pause.tar"
+}
+
+build_clients() {
+  go_build -ldflags '-s -w' -o "$1/grpcurl" github.com/fullstorydev/grpcurl/cmd/grpcurl
+  go_build -ldflags '-s -w' -o "$1/grpc-interop-client" google.golang.org/grpc/interop/client
+}

@@ -1,0 +1,83 @@
+//! Runs the whole program inside a test.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use kube_tunnel::app::App;
+use kube_tunnel::config::{Config, Layers, Setting, setting};
+use kube_tunnel::testing::{FakeCluster, Identity};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+/// No condition that a test waits for takes this long unless it never comes.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A running proxy in front of a cluster. Dropping it ends the runtime's tasks with the test.
+pub(crate) struct TestApp {
+    pub(crate) address: SocketAddr,
+    stop: Option<oneshot::Sender<()>>,
+    running: JoinHandle<()>,
+    _kubeconfig: tempfile::NamedTempFile,
+}
+
+impl TestApp {
+    /// Starts with the administrator's kubeconfig.
+    pub(crate) async fn start(cluster: &FakeCluster) -> Self {
+        Self::with(cluster, &cluster.kubeconfig(), &[]).await
+    }
+
+    /// Starts as another user of the cluster.
+    pub(crate) async fn start_as(cluster: &FakeCluster, identity: &Identity) -> Self {
+        Self::with(cluster, &cluster.kubeconfig_for(identity).unwrap(), &[]).await
+    }
+
+    /// Starts with settings.
+    pub(crate) async fn with(cluster: &FakeCluster, kubeconfig: &str, flags: &[(&'static Setting, &str)]) -> Self {
+        let _ = cluster;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), kubeconfig).unwrap();
+        let app = App::bind(&config(file.path().to_str().unwrap(), flags)).await.unwrap();
+        let address = app.addresses()[0];
+        let (stop, stopped) = oneshot::channel();
+        let running = tokio::spawn(app.run(async move { drop(stopped.await) }));
+        Self { address, stop: Some(stop), running, _kubeconfig: file }
+    }
+
+    /// Says that it shall stop.
+    pub(crate) fn begin_stop(&mut self) {
+        drop(self.stop.take());
+    }
+
+    /// Stops and waits for the end.
+    pub(crate) async fn stop(mut self) {
+        self.begin_stop();
+        self.ended().await;
+    }
+
+    /// Waits for the end.
+    pub(crate) async fn ended(self) {
+        tokio::time::timeout(PATIENCE, self.running).await.expect("the program did not end").unwrap();
+    }
+}
+
+/// The configuration of a test: any free port, short times where tests wait for them.
+pub(crate) fn config(kubeconfig: &str, flags: &[(&'static Setting, &str)]) -> Config {
+    let defaults: [(&'static Setting, &str); 4] = [
+        (&setting::PORT, "0"),
+        (&setting::KUBECONFIG, kubeconfig),
+        (&setting::RETRY_DELAY_MS, "50"),
+        (&setting::RESOLVE_TIMEOUT, "5s"),
+    ];
+    let all: Vec<_> = defaults.iter().chain(flags).map(|(setting, text)| (*setting, (*text).to_owned())).collect();
+    Config::new(&Layers::load(&all, None, |_| None).unwrap()).unwrap()
+}
+
+/// Waits until `condition` holds.
+pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let waiting = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, waiting).await.unwrap_or_else(|_| panic!("never happened: {what}"));
+}

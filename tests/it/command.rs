@@ -1,0 +1,235 @@
+//! The real binary: what it prints, how it ends, what it leaves behind.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use kube_tunnel::testing::{FakeCluster, Identity};
+
+use crate::app::PATIENCE;
+
+/// What a run of the program left.
+struct Done {
+    status: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+fn program(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kube-tunnel"));
+    command.args(arguments).env_clear().env("HOME", "/nonexistent").stdin(Stdio::null());
+    command
+}
+
+async fn run(arguments: &[&str]) -> Done {
+    let mut command = program(arguments);
+    let running = tokio::task::spawn_blocking(move || command.output().unwrap());
+    let output = tokio::time::timeout(PATIENCE, running).await.expect("the program did not end").unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    Done { status: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+}
+
+/// Ends the program when the test fails half-way.
+struct Running(Child);
+
+impl Running {
+    fn signal(&self, signal: &str) {
+        let killed = Command::new("kill").args([signal, &self.0.id().to_string()]).status().unwrap();
+        assert!(killed.success());
+    }
+
+    async fn wait(mut self) -> ExitStatus {
+        let waiting = async {
+            loop {
+                if let Some(status) = self.0.try_wait().unwrap() {
+                    return status;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, waiting).await.expect("the program did not end")
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn kubeconfig(text: &str) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), text).unwrap();
+    file
+}
+
+fn path(file: &tempfile::NamedTempFile) -> &str {
+    file.path().to_str().unwrap()
+}
+
+#[tokio::test]
+async fn mistakes_end_with_one_line_and_the_right_code() {
+    let garbage = kubeconfig("clusters: [");
+    let empty = kubeconfig("apiVersion: v1\nkind: Config\n");
+    let rows: [(&[&str], i32, &str); 9] = [
+        (&["-prot=8080"], 2, "unexpected argument"),
+        (&["-port=http"], 2, "expected a number from 0 to 65535"),
+        (&["serve"], 2, "serve"),
+        (&["--config", "/nonexistent/config.toml"], 2, "/nonexistent/config.toml"),
+        (&["-port=0", "--kubeconfig", "/nonexistent/kubeconfig"], 1, "/nonexistent/kubeconfig"),
+        (&["-port=0", "--kubeconfig", path(&garbage)], 1, "kubeconfig"),
+        (&["-port=0", "--kubeconfig", path(&empty)], 1, "context"),
+        (&["-port=0"], 1, "no kubeconfig found"),
+        (&["-dns-only"], 1, "DNS server"),
+    ];
+    for (arguments, code, words) in rows {
+        let done = run(arguments).await;
+        assert_eq!(done.status, Some(code), "{arguments:?}: {}", done.stderr);
+        assert_eq!(done.stderr.lines().count(), 1, "{arguments:?}: {}", done.stderr);
+        assert!(done.stderr.contains(words), "{arguments:?}: {}", done.stderr);
+        assert_eq!(done.stdout, "", "{arguments:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_unreachable_server_and_an_expired_token_are_told_apart() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let stranger = kubeconfig(&cluster.kubeconfig_for(&Identity::Token("expired".into())).unwrap());
+    let done = run(&["-port=0", "--kubeconfig", path(&stranger)]).await;
+    assert_eq!(done.status, Some(1));
+    assert!(done.stderr.contains("does not accept the credentials"), "{}", done.stderr);
+    assert_eq!(done.stderr.lines().count(), 1, "{}", done.stderr);
+
+    let known = kubeconfig(&cluster.kubeconfig());
+    cluster.shutdown().await;
+    let done = run(&["-port=0", "--kubeconfig", path(&known)]).await;
+    assert_eq!(done.status, Some(1));
+    assert!(done.stderr.contains("cannot reach the API server") && done.stderr.contains("refused"), "{}", done.stderr);
+    assert_eq!(done.stderr.lines().count(), 1, "{}", done.stderr);
+}
+
+#[tokio::test]
+async fn a_taken_port_ends_the_start_with_the_way_out() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let file = kubeconfig(&cluster.kubeconfig());
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let done = run(&["-port", &port, "--kubeconfig", path(&file)]).await;
+    assert_eq!(done.status, Some(1));
+    assert!(done.stderr.contains("already in use") && done.stderr.contains("-port="), "{}", done.stderr);
+    assert_eq!(done.stderr.lines().count(), 1, "{}", done.stderr);
+}
+
+#[tokio::test]
+async fn help_version_config_and_cleanup_succeed() {
+    for arguments in [&["-help"][..], &["-h"], &["--help"], &["run", "--help"]] {
+        let done = run(arguments).await;
+        assert_eq!(done.status, Some(0), "{arguments:?}");
+        assert!(done.stdout.contains("--port") && done.stderr.is_empty(), "{arguments:?}");
+    }
+    assert_eq!(run(&["--version"]).await.stdout, format!("kube-tunnel {}\n", env!("CARGO_PKG_VERSION")));
+    assert!(run(&["config", "-port=8080"]).await.stdout.contains("port = 8080 # --port"));
+    let cleanup = run(&["-cleanup"]).await;
+    assert!(cleanup.status == Some(0) && cleanup.stderr.contains("nothing to undo"), "{}", cleanup.stderr);
+}
+
+#[tokio::test]
+async fn flags_of_features_to_come_are_accepted_and_say_so() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let file = kubeconfig(&cluster.kubeconfig());
+    let mut command = program(&["-no-dns", "-no-mdns", "-port=0", "--kubeconfig", path(&file)]);
+    let mut running = Running(command.stderr(Stdio::piped()).spawn().unwrap());
+    let stderr = BufReader::new(running.0.stderr.take().unwrap());
+    let reading = tokio::task::spawn_blocking(move || {
+        let mut seen = Vec::new();
+        for line in stderr.lines().map_while(Result::ok) {
+            let listening = line.contains("listening");
+            seen.push(line);
+            if listening {
+                break;
+            }
+        }
+        seen
+    });
+    let seen = tokio::time::timeout(PATIENCE, reading).await.unwrap().unwrap();
+    for flag in ["--no-dns", "--no-mdns"] {
+        let count = seen.iter().filter(|line| line.contains(flag)).count();
+        assert_eq!(count, 1, "{flag}: {seen:#?}");
+    }
+    running.signal("-TERM");
+    assert_eq!(running.wait().await.code(), Some(0));
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn the_demo_shows_commands_that_work_and_ends_at_ctrl_c() {
+    let mut running = Running(program(&["demo"]).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap());
+    let stdout = BufReader::new(running.0.stdout.take().unwrap());
+    let (found, port) = tokio::sync::oneshot::channel();
+    let reading = tokio::task::spawn_blocking(move || {
+        let mut found = Some(found);
+        let mut text = String::new();
+        for line in stdout.lines().map_while(Result::ok) {
+            if let (Some((_, rest)), true) = (line.split_once("http://localhost:"), found.is_some()) {
+                let port: u16 = rest.split('/').next().unwrap().parse().unwrap();
+                found.take().unwrap().send(port).unwrap();
+            }
+            text.push_str(&line);
+        }
+        text
+    });
+    let port = tokio::time::timeout(PATIENCE, port).await.expect("the demo printed no command").unwrap();
+    let address = std::net::SocketAddr::from(([127, 0, 0, 1], port));
+    let reply = crate::client::fetch(address, "web.shop.svc.cluster.local", "/").await;
+    assert_eq!(reply.status, 200, "{}", reply.text());
+    assert_eq!(crate::client::fetch(address, "broken.shop.svc.cluster.local", "/").await.status, 502);
+    running.signal("-INT");
+    assert_eq!(running.wait().await.code(), Some(0));
+    let text = tokio::time::timeout(PATIENCE, reading).await.unwrap().unwrap();
+    let folder = text.split("--kubeconfig ").nth(1).unwrap().split(' ').next().unwrap().to_owned();
+    assert!(!std::path::Path::new(&folder).exists(), "{folder} was left behind");
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_second_signal_ends_at_once() {
+    use tokio::io::AsyncWriteExt;
+    let cluster = FakeCluster::start().await.unwrap();
+    let any = kube_tunnel::testing::backend::Serve::Http(kube_tunnel::testing::backend::Protocols::Any);
+    let _workload = cluster.workload("shop", "web").port("http", 80, 8080).serve(any).create().unwrap();
+    let file = kubeconfig(&cluster.kubeconfig());
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let port = free.port().to_string();
+    let mut command = program(&["-port", &port, "--bind=127.0.0.1", "--kubeconfig", path(&file)]);
+    let mut running = Running(command.stderr(Stdio::piped()).spawn().unwrap());
+    let mut stderr = BufReader::new(running.0.stderr.take().unwrap());
+    let mut until = async |word: &'static str| {
+        let mut reader = stderr;
+        let (back, found) = tokio::task::spawn_blocking(move || {
+            let mut line = String::new();
+            while reader.read_line(&mut line).unwrap() > 0 && !line.contains(word) {
+                line.clear();
+            }
+            let found = line.contains(word);
+            (reader, found)
+        })
+        .await
+        .unwrap();
+        stderr = back;
+        assert!(found, "the program never said {word:?}");
+    };
+    until("listening").await;
+    // A request that does not end by itself.
+    let mut stream = tokio::net::TcpStream::connect(free).await.unwrap();
+    stream.write_all(b"GET /sse?count=100000 HTTP/1.1\r\nHost: web.shop\r\n\r\n").await.unwrap();
+    let mut first = [0; 12];
+    tokio::io::AsyncReadExt::read_exact(&mut stream, &mut first).await.unwrap();
+    running.signal("-INT");
+    until("stopping").await;
+    running.signal("-INT");
+    assert_eq!(running.wait().await.code(), Some(1));
+    let mut rest = String::new();
+    let _ = stderr.read_to_string(&mut rest);
+}

@@ -1,0 +1,187 @@
+//! What is asked of the API server, with which rights, and how changes in the cluster are followed.
+
+use std::collections::BTreeSet;
+
+use http::StatusCode;
+use kube_tunnel::config::setting;
+use kube_tunnel::testing::backend::{Protocols, Serve};
+use kube_tunnel::testing::{FakeCluster, ForwardFault, Identity, Rule, Workload};
+
+use crate::app::{TestApp, eventually};
+use crate::client::fetch;
+
+const WEB: &str = "web.shop.svc.cluster.local";
+
+fn web(cluster: &FakeCluster, replicas: usize) -> Workload {
+    let any = Serve::Http(Protocols::Any);
+    cluster.workload("shop", "web").port("http", 80, ("http", 8080)).serve(any).replicas(replicas).create().unwrap()
+}
+
+/// A user with exactly these rights in the namespace `shop`.
+fn user(cluster: &FakeCluster, rules: &[Rule]) -> Identity {
+    cluster.add_token("dev", "dev-token");
+    let rules: Vec<_> = rules.iter().map(|rule| rule.clone().in_namespace("shop")).collect();
+    cluster.allow_only("dev", &rules);
+    Identity::Token("dev-token".into())
+}
+
+#[tokio::test]
+async fn a_namespaced_role_is_enough_and_nothing_cluster_wide_is_asked() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let _workload = web(&cluster, 2);
+    let identity = user(
+        &cluster,
+        &[
+            Rule::new(&["get", "list", "watch"], &["services", "pods", "endpointslices"]),
+            Rule::new(&["get", "create"], &["pods/portforward"]),
+        ],
+    );
+    let app = TestApp::start_as(&cluster, &identity).await;
+    assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
+    for call in cluster.calls() {
+        assert!(call.resource.is_empty() || call.namespace.as_deref() == Some("shop"), "{call:?}");
+    }
+}
+
+#[tokio::test]
+async fn without_endpointslices_and_watch_pods_are_polled() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = web(&cluster, 2);
+    let identity = user(
+        &cluster,
+        &[Rule::new(&["get", "list"], &["services", "pods"]), Rule::new(&["get", "create"], &["pods/portforward"])],
+    );
+    let kubeconfig = cluster.kubeconfig_for(&identity).unwrap();
+    let app = TestApp::with(&cluster, &kubeconfig, &[(&setting::POLL_INTERVAL, "20ms")]).await;
+    assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
+
+    cluster.set_ready("shop", &workload.pods[0].name, false);
+    let only = &workload.pods[1].name;
+    // Two lists more have seen the change.
+    cluster.clear_calls();
+    let lists = || cluster.calls().iter().filter(|call| call.verb == "list" && call.resource == "pods").count();
+    eventually("two polls", || lists() >= 2).await;
+    for _ in 0..4 {
+        assert_eq!(&fetch(app.address, WEB, "/").await.pod(), only);
+    }
+}
+
+#[tokio::test]
+async fn a_client_certificate_is_as_good_as_a_token() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let _workload = web(&cluster, 1);
+    let identity = Identity::ClientCertificate { name: "admin".into(), group: Some("system:masters".into()) };
+    let app = TestApp::start_as(&cluster, &identity).await;
+    assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn an_unready_pod_gets_no_more_requests_and_comes_back() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = web(&cluster, 2);
+    let app = TestApp::start(&cluster).await;
+    fetch(app.address, WEB, "/").await;
+    let (away, stays) = (&workload.pods[0].name, &workload.pods[1].name);
+    cluster.set_ready("shop", away, false);
+    wait_for_pods(&app, &[stays]).await;
+    cluster.set_ready("shop", away, true);
+    wait_for_pods(&app, &[away, stays]).await;
+}
+
+/// Waits until eight requests in a row are answered by exactly these pods.
+async fn wait_for_pods(app: &TestApp, pods: &[&String]) {
+    let wanted: BTreeSet<String> = pods.iter().map(|pod| (*pod).clone()).collect();
+    let waiting = async {
+        loop {
+            let mut seen = BTreeSet::new();
+            for _ in 0..8 {
+                let reply = fetch(app.address, WEB, "/").await;
+                assert_eq!(reply.status, StatusCode::OK, "{}", reply.text());
+                seen.insert(reply.pod());
+            }
+            if seen == wanted {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(crate::app::PATIENCE, waiting).await.expect("the pods never changed");
+}
+
+#[tokio::test]
+async fn a_replaced_pod_costs_no_request() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = web(&cluster, 2);
+    let app = TestApp::start(&cluster).await;
+    for round in 0..3 {
+        for _ in 0..4 {
+            let reply = fetch(app.address, WEB, "/").await;
+            assert_eq!(reply.status, StatusCode::OK, "round {round}: {}", reply.text());
+        }
+        cluster.delete_pod("shop", &workload.pods[0].name);
+    }
+    wait_for_pods(&app, &[&workload.pods[1].name]).await;
+}
+
+#[tokio::test]
+async fn a_pod_that_is_gone_is_passed_over_before_the_cluster_says_so() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = web(&cluster, 2);
+    cluster.faults().set_forward("shop", &workload.pods[0].name, Some(ForwardFault::PodGone));
+    let app = TestApp::start(&cluster).await;
+    for _ in 0..4 {
+        let reply = fetch(app.address, WEB, "/").await;
+        assert_eq!((reply.status, reply.pod()), (StatusCode::OK, workload.pods[1].name.clone()));
+    }
+}
+
+#[tokio::test]
+async fn a_pod_that_refuses_is_passed_over_even_for_a_post() {
+    use crate::client::{Client, Reply};
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = web(&cluster, 2);
+    cluster.faults().set_forward("shop", &workload.pods[0].name, Some(ForwardFault::Refused));
+    let app = TestApp::start(&cluster).await;
+    for _ in 0..4 {
+        let request =
+            http::Request::post("/").header("host", WEB).body(http_body_util::Full::default()).unwrap();
+        let reply = Reply::read(Client::http1(app.address).await.send(request).await).await;
+        assert_eq!(reply.status, StatusCode::OK, "{}", reply.text());
+    }
+}
+
+#[tokio::test]
+async fn a_service_that_appears_is_found() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let app = TestApp::start(&cluster).await;
+    assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::NOT_FOUND);
+    let _workload = web(&cluster, 1);
+    let waiting = async { while fetch(app.address, WEB, "/").await.status != StatusCode::OK {} };
+    tokio::time::timeout(crate::app::PATIENCE, waiting).await.expect("the new service was never found");
+}
+
+#[tokio::test]
+async fn lookups_survive_a_restart_of_the_api_server_that_forgets_history() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = web(&cluster, 2);
+    let app = TestApp::start(&cluster).await;
+    fetch(app.address, WEB, "/").await;
+    cluster.set_ready("shop", &workload.pods[0].name, false);
+    cluster.compact(); // a watch from before is now answered 410 Gone
+    cluster.restart();
+    wait_for_pods(&app, &[&workload.pods[1].name]).await;
+}
+
+#[tokio::test]
+async fn a_service_is_followed_only_while_it_is_used() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = web(&cluster, 1);
+    let kubeconfig = cluster.kubeconfig();
+    let app = TestApp::with(&cluster, &kubeconfig, &[(&setting::IDLE_TIMEOUT, "200ms")]).await;
+    fetch(app.address, WEB, "/").await;
+    let backend = workload.pods[0].backends[0].http().unwrap();
+    eventually("the idle connection to close", || backend.open_connections() == 0).await;
+    cluster.clear_calls();
+    fetch(app.address, WEB, "/").await;
+    let lists = || cluster.calls().iter().filter(|call| call.verb == "list").count();
+    eventually("a new lookup", || lists() >= 2).await;
+}
