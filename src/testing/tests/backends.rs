@@ -268,3 +268,48 @@ async fn unknown_methods_are_unimplemented() {
         .unwrap_err();
     assert_eq!(status.code(), Code::Unimplemented);
 }
+
+#[tokio::test]
+async fn reflection_lists_and_describes_the_services() {
+    use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+    use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+    use tonic_reflection::pb::v1::{ServerReflectionRequest, ServerReflectionResponse};
+
+    let backend = HttpBackend::start("greeter-1", Protocols::Any).unwrap();
+    let mut client = grpc(&backend).await;
+    let ask = |request| ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(request),
+    };
+    let asked = tokio_stream::iter([
+        ask(MessageRequest::ListServices(String::new())),
+        ask(MessageRequest::FileContainingSymbol("demo.Greeter".to_owned())),
+    ]);
+    let codec = ProstCodec::<ServerReflectionRequest, ServerReflectionResponse>::default();
+    let path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
+        .parse()
+        .unwrap();
+    let answers = client
+        .streaming(tonic::Request::new(asked), path, codec)
+        .await
+        .unwrap()
+        .into_inner();
+    let answers: Vec<_> = within(
+        answers
+            .map(|answer| answer.unwrap().message_response.unwrap())
+            .collect(),
+    )
+    .await;
+    let MessageResponse::ListServicesResponse(list) = &answers[0] else {
+        panic!("{answers:?}")
+    };
+    let names: Vec<_> = list.service.iter().map(|service| service.name.as_str()).collect();
+    for name in [
+        "demo.Greeter",
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1.ServerReflection",
+    ] {
+        assert!(names.contains(&name), "{names:?}");
+    }
+    assert!(matches!(&answers[1], MessageResponse::FileDescriptorResponse(_)));
+}
