@@ -16,6 +16,7 @@ mod pki;
 mod pods;
 mod portforward;
 mod resource;
+mod review;
 mod selector;
 mod server;
 mod status;
@@ -250,3 +251,6 @@ impl Drop for FakeCluster {
         self.cluster.stop.cancel();
     }
 }
+
+#[cfg(test)]
+mod tests;

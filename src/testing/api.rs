@@ -8,7 +8,7 @@ use bytes::Bytes;
 use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE};
 use http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
 use http_body_util::combinators::BoxBody;
-use http_body_util::{BodyExt, Full, Limited, StreamBody};
+use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
@@ -23,13 +23,10 @@ use super::selector::Selector;
 use super::status::Failure;
 use super::store::Key;
 use super::watch::Watch;
-use super::{discovery, portforward, table};
+use super::{discovery, portforward, review, table};
 
 /// Every answer's body.
 pub(super) type Body = BoxBody<Bytes, Infallible>;
-
-/// Largest request body read: a review, nothing else.
-const MAX_REQUEST: usize = 64 * 1024;
 
 /// One client connection.
 #[derive(Debug)]
@@ -77,7 +74,7 @@ async fn route(connection: &Connection, request: Request<Incoming>) -> Result<Re
         return Ok(json_response(StatusCode::OK, &document));
     }
     if path == "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews" && request.method() == Method::POST {
-        return review(cluster, &user, request).await;
+        return review::answer(cluster, &user, request).await;
     }
     let query = Query::of(request.uri());
     let watch = matches!(query.get("watch"), Some("true" | "1"));
@@ -181,35 +178,6 @@ fn start_watch(
     Ok(response)
 }
 
-/// Answers "may I?" as `kubectl auth can-i` asks it.
-async fn review(
-    cluster: &Cluster,
-    user: &str,
-    request: Request<Incoming>,
-) -> Result<Response<Body>, Failure> {
-    let body = Limited::new(request.into_body(), MAX_REQUEST)
-        .collect()
-        .await
-        .map_err(|error| Failure::bad_request(&error.to_string()))?;
-    let mut review: Value = serde_json::from_slice(&body.to_bytes())
-        .map_err(|error| Failure::bad_request(&format!("the object provided is unrecognized: {error}")))?;
-    let asked = &review["spec"]["resourceAttributes"];
-    let text = |field: &str| asked[field].as_str().filter(|text| !text.is_empty());
-    let resource = text("resource").unwrap_or_default();
-    let action = Action {
-        verb: text("verb").unwrap_or_default().to_owned(),
-        resource: match text("subresource") {
-            Some(subresource) => format!("{resource}/{subresource}"),
-            None => resource.to_owned(),
-        },
-        namespace: text("namespace").map(str::to_owned),
-    };
-    review["kind"] = "SelfSubjectAccessReview".into();
-    review["apiVersion"] = "authorization.k8s.io/v1".into();
-    review["status"] = json!({"allowed": cluster.access.allows(user, &action)});
-    Ok(json_response(StatusCode::CREATED, &review))
-}
-
 /// kubectl asks for tables first and takes plain objects as well; `-o json` asks for plain objects only.
 fn wants_table(headers: &HeaderMap) -> bool {
     let accept = headers
@@ -222,7 +190,7 @@ fn wants_table(headers: &HeaderMap) -> bool {
 }
 
 /// A JSON answer.
-fn json_response(code: StatusCode, body: &Value) -> Response<Body> {
+pub(super) fn json_response(code: StatusCode, body: &Value) -> Response<Body> {
     response(code, "application/json", Bytes::from(body.to_string()))
 }
 

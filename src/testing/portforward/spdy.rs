@@ -335,3 +335,6 @@ async fn write_loop(write: impl AsyncWrite, mut outgoing: mpsc::Receiver<Bytes>)
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -247,4 +247,12 @@ mod tests {
             Err(FrameError::Length(3))
         );
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_give_frames_or_an_error(bytes: Vec<u8>) {
+            let mut buffer = BytesMut::from(&bytes[..]);
+            while let Ok(Some(_)) = super::parse(&mut buffer) {}
+        }
+    }
 }

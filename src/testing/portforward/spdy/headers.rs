@@ -194,4 +194,18 @@ mod tests {
         );
         assert!(Decoder::new().decode(b"garbage").is_err());
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_block_gives_headers_or_an_error(bytes: Vec<u8>, stored: Vec<u8>) {
+            let _ = Decoder::new().decode(&bytes);
+            let length = u16::try_from(stored.len()).unwrap();
+            let mut block = vec![0x78, 0x01, 0];
+            block.put_u16_le(length);
+            block.put_u16_le(!length);
+            block.put_slice(&stored);
+            block.put_slice(&[0, 0, 0, 0xff, 0xff]);
+            let _ = Decoder::new().decode(&block);
+        }
+    }
 }
