@@ -123,6 +123,8 @@ pub fn init(config: &Config) {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(&config.filter.directives))
         .with_timer(Rfc3339)
+        // It would be reported with `eprintln!`, which panics when stderr is what cannot be written to.
+        .log_internal_errors(false)
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal() && !no_color);
     // An error means that a log is installed already.

@@ -23,7 +23,9 @@ pub(super) fn run(mut config: Config, layers: &Layers) -> Result<ExitCode> {
         config.proxy.port = 0;
     }
     run::runtime()?.block_on(async {
-        let cluster = FakeCluster::start().await.context("cannot start the miniature cluster")?;
+        let cluster = FakeCluster::start()
+            .await
+            .context("cannot start the miniature cluster")?;
         let _workloads = sample_services(&cluster).context("cannot start the sample services")?;
         let folder = tempfile::Builder::new().prefix("kube-tunnel-demo-").tempdir()?;
         let kubeconfig = folder.path().join("kubeconfig");
@@ -33,7 +35,11 @@ pub(super) fn run(mut config: Config, layers: &Layers) -> Result<ExitCode> {
 
         let app = App::bind(&config).await?;
         let port = app.addresses().first().context("no address is bound")?.port();
-        let guide = guide(port, &config.proxy.naming.zone.to_string(), &kubeconfig.display().to_string());
+        let guide = guide(
+            port,
+            &config.proxy.naming.zone.to_string(),
+            &kubeconfig.display().to_string(),
+        );
         // Whether anybody reads the guide makes no difference to the demo.
         let _ = io::stdout().lock().write_all(guide.as_bytes());
         app.run(run::stop_signal()).await;
@@ -45,7 +51,12 @@ pub(super) fn run(mut config: Config, layers: &Layers) -> Result<ExitCode> {
 fn sample_services(cluster: &FakeCluster) -> io::Result<Vec<Workload>> {
     let http = || Serve::Http(Protocols::Any);
     Ok(vec![
-        cluster.workload(NAMESPACE, "web").port("http", 80, ("http", 8080)).serve(http()).replicas(2).create()?,
+        cluster
+            .workload(NAMESPACE, "web")
+            .port("http", 80, ("http", 8080))
+            .serve(http())
+            .replicas(2)
+            .create()?,
         cluster
             .workload(NAMESPACE, "greeter")
             .port("grpc", 50051, 50051)
@@ -53,7 +64,10 @@ fn sample_services(cluster: &FakeCluster) -> io::Result<Vec<Workload>> {
             .serve(http())
             .replicas(2)
             .create()?,
-        cluster.workload(NAMESPACE, "broken").port("http", 80, 8080).create()?,
+        cluster
+            .workload(NAMESPACE, "broken")
+            .port("http", 80, 8080)
+            .create()?,
     ])
 }
 

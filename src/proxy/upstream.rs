@@ -130,8 +130,11 @@ impl Upstream {
         request: Request<RequestBody>,
     ) -> Result<Answer, Failure> {
         let unconnected = |error: ConnectError| Error::Connect(target.clone(), error);
-        let unopened =
-            |(error, request)| Failure { error: unconnected(error), unsent: Some(request), reused: false };
+        let unopened = |(error, request)| Failure {
+            error: unconnected(error),
+            unsent: Some(request),
+            reused: false,
+        };
         match self.pool(target, wire) {
             Pool::Http1(pool) => {
                 let (mut connection, reused) = match pool.checkout(&self.shared).await {
@@ -141,7 +144,11 @@ impl Upstream {
                 match connection.sender.try_send_request(request).await {
                     Ok(response) => {
                         let lease = Lease::new(pool, connection, self.shared.drain.clone());
-                        Ok(Answer { response, lease, reused })
+                        Ok(Answer {
+                            response,
+                            lease,
+                            reused,
+                        })
                     }
                     Err(error) => Err(failure(target, error, &connection.cause, reused)),
                 }
@@ -152,7 +159,11 @@ impl Upstream {
                     Err(error) => return Err(unopened((error, request))),
                 };
                 match connection.sender.try_send_request(request).await {
-                    Ok(response) => Ok(Answer { response, lease: Lease::none(), reused }),
+                    Ok(response) => Ok(Answer {
+                        response,
+                        lease: Lease::none(),
+                        reused,
+                    }),
                     Err(error) => Err(failure(target, error, &connection.cause, reused)),
                 }
             }
@@ -196,19 +207,30 @@ async fn sweep(pools: &Mutex<HashMap<(Target, Wire), Pool>>, idle_timeout: Durat
 }
 
 /// Words the failure of a request that a connection was found for.
-fn failure(target: &Target, mut error: TrySendError<Request<RequestBody>>, cause: &Cause, reused: bool) -> Failure {
+fn failure(
+    target: &Target,
+    mut error: TrySendError<Request<RequestBody>>,
+    cause: &Cause,
+    reused: bool,
+) -> Failure {
     let unsent = error.take_message();
     let error = error.into_error();
     let target = target.clone();
     let noted = cause.get();
     let error = match io_cause(&error).or(noted.as_ref()) {
-        Some(io) if io.kind() == std::io::ErrorKind::ConnectionRefused => Error::Refused(target, io.to_string()),
+        Some(io) if io.kind() == std::io::ErrorKind::ConnectionRefused => {
+            Error::Refused(target, io.to_string())
+        }
         Some(io) => Error::Reset(target, io.to_string()),
         // The only user here is the request's body, which comes from the client.
         None if error.is_user() => Error::ClientGone,
         None => Error::Reset(target, error.to_string()),
     };
-    Failure { error, unsent, reused }
+    Failure {
+        error,
+        unsent,
+        reused,
+    }
 }
 
 /// Locks what only plain code guards; a panic inside such code left it consistent.

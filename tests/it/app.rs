@@ -32,15 +32,26 @@ impl TestApp {
     }
 
     /// Starts with settings.
-    pub(crate) async fn with(cluster: &FakeCluster, kubeconfig: &str, flags: &[(&'static Setting, &str)]) -> Self {
+    pub(crate) async fn with(
+        cluster: &FakeCluster,
+        kubeconfig: &str,
+        flags: &[(&'static Setting, &str)],
+    ) -> Self {
         let _ = cluster;
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), kubeconfig).unwrap();
-        let app = App::bind(&config(file.path().to_str().unwrap(), flags)).await.unwrap();
+        let app = App::bind(&config(file.path().to_str().unwrap(), flags))
+            .await
+            .unwrap();
         let address = app.addresses()[0];
         let (stop, stopped) = oneshot::channel();
         let running = tokio::spawn(app.run(async move { drop(stopped.await) }));
-        Self { address, stop: Some(stop), running, _kubeconfig: file }
+        Self {
+            address,
+            stop: Some(stop),
+            running,
+            _kubeconfig: file,
+        }
     }
 
     /// Says that it shall stop.
@@ -56,7 +67,10 @@ impl TestApp {
 
     /// Waits for the end.
     pub(crate) async fn ended(self) {
-        tokio::time::timeout(PATIENCE, self.running).await.expect("the program did not end").unwrap();
+        tokio::time::timeout(PATIENCE, self.running)
+            .await
+            .expect("the program did not end")
+            .unwrap();
     }
 }
 
@@ -68,7 +82,11 @@ pub(crate) fn config(kubeconfig: &str, flags: &[(&'static Setting, &str)]) -> Co
         (&setting::RETRY_DELAY_MS, "50"),
         (&setting::RESOLVE_TIMEOUT, "5s"),
     ];
-    let all: Vec<_> = defaults.iter().chain(flags).map(|(setting, text)| (*setting, (*text).to_owned())).collect();
+    let all: Vec<_> = defaults
+        .iter()
+        .chain(flags)
+        .map(|(setting, text)| (*setting, (*text).to_owned()))
+        .collect();
     Config::new(&Layers::load(&all, None, |_| None).unwrap()).unwrap()
 }
 
@@ -79,5 +97,7 @@ pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) 
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::time::timeout(PATIENCE, waiting).await.unwrap_or_else(|_| panic!("never happened: {what}"));
+    tokio::time::timeout(PATIENCE, waiting)
+        .await
+        .unwrap_or_else(|_| panic!("never happened: {what}"));
 }

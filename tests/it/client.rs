@@ -29,7 +29,9 @@ impl Client {
     /// Opens an HTTP/2 connection with prior knowledge.
     pub(crate) async fn h2c(proxy: SocketAddr) -> Self {
         let stream = TcpStream::connect(proxy).await.unwrap();
-        let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
+        let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+            .await
+            .unwrap();
         tokio::spawn(connection);
         Self::H2c(sender)
     }
@@ -44,8 +46,13 @@ impl Client {
             Self::H2c(sender) => {
                 let (mut parts, body) = request.into_parts();
                 let host = parts.headers.remove("host").unwrap();
-                parts.uri = format!("http://{}{}", host.to_str().unwrap(), parts.uri).parse().unwrap();
-                sender.send_request(Request::from_parts(parts, body)).await.unwrap()
+                parts.uri = format!("http://{}{}", host.to_str().unwrap(), parts.uri)
+                    .parse()
+                    .unwrap();
+                sender
+                    .send_request(Request::from_parts(parts, body))
+                    .await
+                    .unwrap()
             }
         }
     }
@@ -59,7 +66,11 @@ impl Client {
 
 /// Makes a GET.
 pub(crate) fn get(host: &str, path: &str) -> Request<Full<Bytes>> {
-    Request::builder().uri(path).header("host", host).body(Full::default()).unwrap()
+    Request::builder()
+        .uri(path)
+        .header("host", host)
+        .body(Full::default())
+        .unwrap()
 }
 
 /// Sends one GET on a connection of its own.
@@ -82,7 +93,12 @@ impl Reply {
         let (parts, body) = response.into_parts();
         let collected = body.collect().await.unwrap();
         let trailers = collected.trailers().cloned();
-        Self { status: parts.status, headers: parts.headers, body: collected.to_bytes(), trailers }
+        Self {
+            status: parts.status,
+            headers: parts.headers,
+            body: collected.to_bytes(),
+            trailers,
+        }
     }
 
     pub(crate) fn text(&self) -> String {
@@ -95,6 +111,9 @@ impl Reply {
 
     /// The pod that answered, as the sample applications say it.
     pub(crate) fn pod(&self) -> String {
-        self.json()["pod"].as_str().unwrap_or_else(|| panic!("no pod in {}", self.text())).to_owned()
+        self.json()["pod"]
+            .as_str()
+            .unwrap_or_else(|| panic!("no pod in {}", self.text()))
+            .to_owned()
     }
 }

@@ -1,8 +1,8 @@
 //! The real binary: what it prints, how it ends, what it leaves behind.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::io::{BufRead, BufReader};
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use kube_tunnel::testing::{FakeCluster, Identity};
@@ -18,16 +18,27 @@ struct Done {
 
 fn program(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kube-tunnel"));
-    command.args(arguments).env_clear().env("HOME", "/nonexistent").stdin(Stdio::null());
+    command
+        .args(arguments)
+        .env_clear()
+        .env("HOME", "/nonexistent")
+        .stdin(Stdio::null());
     command
 }
 
 async fn run(arguments: &[&str]) -> Done {
     let mut command = program(arguments);
     let running = tokio::task::spawn_blocking(move || command.output().unwrap());
-    let output = tokio::time::timeout(PATIENCE, running).await.expect("the program did not end").unwrap();
+    let output = tokio::time::timeout(PATIENCE, running)
+        .await
+        .expect("the program did not end")
+        .unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-    Done { status: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+    Done {
+        status: output.status.code(),
+        stdout: text(output.stdout),
+        stderr: text(output.stderr),
+    }
 }
 
 /// Ends the program when the test fails half-way.
@@ -35,7 +46,10 @@ struct Running(Child);
 
 impl Running {
     fn signal(&self, signal: &str) {
-        let killed = Command::new("kill").args([signal, &self.0.id().to_string()]).status().unwrap();
+        let killed = Command::new("kill")
+            .args([signal, &self.0.id().to_string()])
+            .status()
+            .unwrap();
         assert!(killed.success());
     }
 
@@ -48,7 +62,9 @@ impl Running {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
-        tokio::time::timeout(PATIENCE, waiting).await.expect("the program did not end")
+        tokio::time::timeout(PATIENCE, waiting)
+            .await
+            .expect("the program did not end")
     }
 }
 
@@ -77,8 +93,16 @@ async fn mistakes_end_with_one_line_and_the_right_code() {
         (&["-prot=8080"], 2, "unexpected argument"),
         (&["-port=http"], 2, "expected a number from 0 to 65535"),
         (&["serve"], 2, "serve"),
-        (&["--config", "/nonexistent/config.toml"], 2, "/nonexistent/config.toml"),
-        (&["-port=0", "--kubeconfig", "/nonexistent/kubeconfig"], 1, "/nonexistent/kubeconfig"),
+        (
+            &["--config", "/nonexistent/config.toml"],
+            2,
+            "/nonexistent/config.toml",
+        ),
+        (
+            &["-port=0", "--kubeconfig", "/nonexistent/kubeconfig"],
+            1,
+            "/nonexistent/kubeconfig",
+        ),
         (&["-port=0", "--kubeconfig", path(&garbage)], 1, "kubeconfig"),
         (&["-port=0", "--kubeconfig", path(&empty)], 1, "context"),
         (&["-port=0"], 1, "no kubeconfig found"),
@@ -96,17 +120,29 @@ async fn mistakes_end_with_one_line_and_the_right_code() {
 #[tokio::test]
 async fn an_unreachable_server_and_an_expired_token_are_told_apart() {
     let cluster = FakeCluster::start().await.unwrap();
-    let stranger = kubeconfig(&cluster.kubeconfig_for(&Identity::Token("expired".into())).unwrap());
+    let stranger = kubeconfig(
+        &cluster
+            .kubeconfig_for(&Identity::Token("expired".into()))
+            .unwrap(),
+    );
     let done = run(&["-port=0", "--kubeconfig", path(&stranger)]).await;
     assert_eq!(done.status, Some(1));
-    assert!(done.stderr.contains("does not accept the credentials"), "{}", done.stderr);
+    assert!(
+        done.stderr.contains("does not accept the credentials"),
+        "{}",
+        done.stderr
+    );
     assert_eq!(done.stderr.lines().count(), 1, "{}", done.stderr);
 
     let known = kubeconfig(&cluster.kubeconfig());
     cluster.shutdown().await;
     let done = run(&["-port=0", "--kubeconfig", path(&known)]).await;
     assert_eq!(done.status, Some(1));
-    assert!(done.stderr.contains("cannot reach the API server") && done.stderr.contains("refused"), "{}", done.stderr);
+    assert!(
+        done.stderr.contains("cannot reach the API server") && done.stderr.contains("refused"),
+        "{}",
+        done.stderr
+    );
     assert_eq!(done.stderr.lines().count(), 1, "{}", done.stderr);
 }
 
@@ -118,7 +154,11 @@ async fn a_taken_port_ends_the_start_with_the_way_out() {
     let port = taken.local_addr().unwrap().port().to_string();
     let done = run(&["-port", &port, "--kubeconfig", path(&file)]).await;
     assert_eq!(done.status, Some(1));
-    assert!(done.stderr.contains("already in use") && done.stderr.contains("-port="), "{}", done.stderr);
+    assert!(
+        done.stderr.contains("already in use") && done.stderr.contains("-port="),
+        "{}",
+        done.stderr
+    );
     assert_eq!(done.stderr.lines().count(), 1, "{}", done.stderr);
 }
 
@@ -127,12 +167,27 @@ async fn help_version_config_and_cleanup_succeed() {
     for arguments in [&["-help"][..], &["-h"], &["--help"], &["run", "--help"]] {
         let done = run(arguments).await;
         assert_eq!(done.status, Some(0), "{arguments:?}");
-        assert!(done.stdout.contains("--port") && done.stderr.is_empty(), "{arguments:?}");
+        assert!(
+            done.stdout.contains("--port") && done.stderr.is_empty(),
+            "{arguments:?}"
+        );
     }
-    assert_eq!(run(&["--version"]).await.stdout, format!("kube-tunnel {}\n", env!("CARGO_PKG_VERSION")));
-    assert!(run(&["config", "-port=8080"]).await.stdout.contains("port = 8080 # --port"));
+    assert_eq!(
+        run(&["--version"]).await.stdout,
+        format!("kube-tunnel {}\n", env!("CARGO_PKG_VERSION"))
+    );
+    assert!(
+        run(&["config", "-port=8080"])
+            .await
+            .stdout
+            .contains("port = 8080 # --port")
+    );
     let cleanup = run(&["-cleanup"]).await;
-    assert!(cleanup.status == Some(0) && cleanup.stderr.contains("nothing to undo"), "{}", cleanup.stderr);
+    assert!(
+        cleanup.status == Some(0) && cleanup.stderr.contains("nothing to undo"),
+        "{}",
+        cleanup.stderr
+    );
 }
 
 #[tokio::test]
@@ -165,7 +220,13 @@ async fn flags_of_features_to_come_are_accepted_and_say_so() {
 #[cfg(unix)]
 #[tokio::test]
 async fn the_demo_shows_commands_that_work_and_ends_at_ctrl_c() {
-    let mut running = Running(program(&["demo"]).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap());
+    let mut running = Running(
+        program(&["demo"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap(),
+    );
     let stdout = BufReader::new(running.0.stdout.take().unwrap());
     let (found, port) = tokio::sync::oneshot::channel();
     let reading = tokio::task::spawn_blocking(move || {
@@ -180,16 +241,34 @@ async fn the_demo_shows_commands_that_work_and_ends_at_ctrl_c() {
         }
         text
     });
-    let port = tokio::time::timeout(PATIENCE, port).await.expect("the demo printed no command").unwrap();
+    let port = tokio::time::timeout(PATIENCE, port)
+        .await
+        .expect("the demo printed no command")
+        .unwrap();
     let address = std::net::SocketAddr::from(([127, 0, 0, 1], port));
     let reply = crate::client::fetch(address, "web.shop.svc.cluster.local", "/").await;
     assert_eq!(reply.status, 200, "{}", reply.text());
-    assert_eq!(crate::client::fetch(address, "broken.shop.svc.cluster.local", "/").await.status, 502);
+    assert_eq!(
+        crate::client::fetch(address, "broken.shop.svc.cluster.local", "/")
+            .await
+            .status,
+        502
+    );
     running.signal("-INT");
     assert_eq!(running.wait().await.code(), Some(0));
     let text = tokio::time::timeout(PATIENCE, reading).await.unwrap().unwrap();
-    let folder = text.split("--kubeconfig ").nth(1).unwrap().split(' ').next().unwrap().to_owned();
-    assert!(!std::path::Path::new(&folder).exists(), "{folder} was left behind");
+    let folder = text
+        .split("--kubeconfig ")
+        .nth(1)
+        .unwrap()
+        .split(' ')
+        .next()
+        .unwrap()
+        .to_owned();
+    assert!(
+        !std::path::Path::new(&folder).exists(),
+        "{folder} was left behind"
+    );
 }
 
 #[cfg(unix)]
@@ -198,38 +277,62 @@ async fn a_second_signal_ends_at_once() {
     use tokio::io::AsyncWriteExt;
     let cluster = FakeCluster::start().await.unwrap();
     let any = kube_tunnel::testing::backend::Serve::Http(kube_tunnel::testing::backend::Protocols::Any);
-    let _workload = cluster.workload("shop", "web").port("http", 80, 8080).serve(any).create().unwrap();
+    let _workload = cluster
+        .workload("shop", "web")
+        .port("http", 80, 8080)
+        .serve(any)
+        .create()
+        .unwrap();
     let file = kubeconfig(&cluster.kubeconfig());
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let free = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
     let port = free.port().to_string();
     let mut command = program(&["-port", &port, "--bind=127.0.0.1", "--kubeconfig", path(&file)]);
     let mut running = Running(command.stderr(Stdio::piped()).spawn().unwrap());
-    let mut stderr = BufReader::new(running.0.stderr.take().unwrap());
-    let mut until = async |word: &'static str| {
-        let mut reader = stderr;
-        let (back, found) = tokio::task::spawn_blocking(move || {
-            let mut line = String::new();
-            while reader.read_line(&mut line).unwrap() > 0 && !line.contains(word) {
-                line.clear();
-            }
-            let found = line.contains(word);
-            (reader, found)
-        })
-        .await
-        .unwrap();
-        stderr = back;
-        assert!(found, "the program never said {word:?}");
-    };
-    until("listening").await;
+    let stderr = Lines::new(running.0.stderr.take().unwrap());
+    let stderr = stderr.until("listening").await;
     // A request that does not end by itself.
     let mut stream = tokio::net::TcpStream::connect(free).await.unwrap();
-    stream.write_all(b"GET /sse?count=100000 HTTP/1.1\r\nHost: web.shop\r\n\r\n").await.unwrap();
+    stream
+        .write_all(b"GET /sse?count=100000 HTTP/1.1\r\nHost: web.shop\r\n\r\n")
+        .await
+        .unwrap();
     let mut first = [0; 12];
-    tokio::io::AsyncReadExt::read_exact(&mut stream, &mut first).await.unwrap();
+    tokio::io::AsyncReadExt::read_exact(&mut stream, &mut first)
+        .await
+        .unwrap();
     running.signal("-INT");
-    until("stopping").await;
+    let _stderr = stderr.until("stopping").await;
     running.signal("-INT");
     assert_eq!(running.wait().await.code(), Some(1));
-    let mut rest = String::new();
-    let _ = stderr.read_to_string(&mut rest);
+}
+
+/// The log of a running program.
+struct Lines(BufReader<ChildStderr>);
+
+impl Lines {
+    fn new(stderr: ChildStderr) -> Self {
+        Self(BufReader::new(stderr))
+    }
+
+    /// Reads until a line has this word.
+    async fn until(mut self, word: &'static str) -> Self {
+        let reading = tokio::task::spawn_blocking(move || {
+            let mut line = String::new();
+            while !line.contains(word) {
+                line.clear();
+                assert!(
+                    self.0.read_line(&mut line).unwrap() > 0,
+                    "the program never said {word:?}"
+                );
+            }
+            self
+        });
+        tokio::time::timeout(PATIENCE, reading)
+            .await
+            .unwrap_or_else(|_| panic!("never said: {word:?}"))
+            .unwrap()
+    }
 }

@@ -12,10 +12,24 @@ async fn cluster() -> FakeCluster {
     let cluster = FakeCluster::start().await.unwrap();
     let any = || Serve::Http(Protocols::Any);
     // The backends of a dropped workload are gone; these rows never get as far as a backend.
-    let two = cluster.workload("shop", "two").port("http", 80, 8080).serve(any()).port("admin", 9090, 9090).create();
+    let two = cluster
+        .workload("shop", "two")
+        .port("http", 80, 8080)
+        .serve(any())
+        .port("admin", 9090, 9090)
+        .create();
     drop(two.unwrap());
-    cluster.workload("shop", "none").port("http", 80, 8080).replicas(0).create().unwrap();
-    cluster.workload("shop", "refusing").port("http", 80, 8080).create().unwrap();
+    cluster
+        .workload("shop", "none")
+        .port("http", 80, 8080)
+        .replicas(0)
+        .create()
+        .unwrap();
+    cluster
+        .workload("shop", "refusing")
+        .port("http", 80, 8080)
+        .create()
+        .unwrap();
     cluster
 }
 
@@ -26,10 +40,22 @@ async fn each_failure_has_its_status_and_says_what_to_do() {
     let rows = [
         ("nosuch.shop", StatusCode::NOT_FOUND, "kubectl get svc -n shop"),
         ("two.shop:8081", StatusCode::NOT_FOUND, "80 (http), 9090 (admin)"),
-        ("none.shop", StatusCode::SERVICE_UNAVAILABLE, "kubectl get pods,endpointslices -n shop"),
+        (
+            "none.shop",
+            StatusCode::SERVICE_UNAVAILABLE,
+            "kubectl get pods,endpointslices -n shop",
+        ),
         ("refusing.shop", StatusCode::BAD_GATEWAY, "connection refused"),
-        ("a.svc.cluster.local", StatusCode::BAD_REQUEST, "service.namespace.svc.cluster.local"),
-        ("www.example.com", StatusCode::BAD_REQUEST, "service.namespace.svc.cluster.local"),
+        (
+            "a.svc.cluster.local",
+            StatusCode::BAD_REQUEST,
+            "service.namespace.svc.cluster.local",
+        ),
+        (
+            "www.example.com",
+            StatusCode::BAD_REQUEST,
+            "service.namespace.svc.cluster.local",
+        ),
         ("two.shop:99999", StatusCode::BAD_REQUEST, "port number"),
         ("localhost", StatusCode::NOT_FOUND, "curl -H"),
     ];
@@ -46,7 +72,9 @@ async fn the_form_of_an_error_is_what_the_client_accepts() {
     let cluster = cluster().await;
     let app = TestApp::start(&cluster).await;
     let mut request = get("nosuch.shop", "/");
-    request.headers_mut().insert("accept", "application/json".parse().unwrap());
+    request
+        .headers_mut()
+        .insert("accept", "application/json".parse().unwrap());
     let reply = Reply::read(Client::http1(app.address).await.send(request).await).await;
     assert_eq!(reply.headers["content-type"], "application/json");
     assert_eq!(reply.json()["status"], 404);
@@ -58,7 +86,10 @@ async fn the_form_of_an_error_is_what_the_client_accepts() {
         .unwrap();
     let reply = Reply::read(Client::h2c(app.address).await.send(call).await).await;
     assert_eq!(reply.status, StatusCode::OK);
-    assert_eq!(reply.headers["grpc-status"], "5", "a response without a body has its status in the headers");
+    assert_eq!(
+        reply.headers["grpc-status"], "5",
+        "a response without a body has its status in the headers"
+    );
     assert!(reply.headers["grpc-message"].to_str().unwrap().contains("nosuch"));
 }
 
@@ -70,14 +101,24 @@ async fn a_refused_lookup_names_the_verb_and_the_resource() {
     let app = TestApp::start_as(&cluster, &Identity::Token("dev-token".into())).await;
     let reply = fetch(app.address, "two.shop", "/").await;
     assert_eq!(reply.status, StatusCode::FORBIDDEN);
-    assert!(reply.text().contains(r#"cannot get resource "services""#), "{}", reply.text());
+    assert!(
+        reply.text().contains(r#"cannot get resource "services""#),
+        "{}",
+        reply.text()
+    );
 }
 
 #[tokio::test]
 async fn a_refused_port_forward_names_the_verb_and_the_resource() {
     let cluster = cluster().await;
     cluster.add_token("dev", "dev-token");
-    cluster.allow_only("dev", &[Rule::new(&["get", "list", "watch"], &["services", "endpointslices"])]);
+    cluster.allow_only(
+        "dev",
+        &[Rule::new(
+            &["get", "list", "watch"],
+            &["services", "endpointslices"],
+        )],
+    );
     let app = TestApp::start_as(&cluster, &Identity::Token("dev-token".into())).await;
     let reply = fetch(app.address, "two.shop", "/").await;
     assert_eq!(reply.status, StatusCode::FORBIDDEN);
@@ -110,15 +151,29 @@ async fn an_api_server_that_is_down_is_named_after_the_wait() {
 async fn a_pod_that_resets_is_a_502_for_a_post_and_is_asked_once() {
     let cluster = FakeCluster::start().await.unwrap();
     let any = Serve::Http(Protocols::Any);
-    let workload = cluster.workload("shop", "web").port("http", 80, 8080).serve(any).create().unwrap();
+    let workload = cluster
+        .workload("shop", "web")
+        .port("http", 80, 8080)
+        .serve(any)
+        .create()
+        .unwrap();
     let pod = &workload.pods[0].name;
-    cluster.faults().set_forward("shop", pod, Some(ForwardFault::Reset));
+    cluster
+        .faults()
+        .set_forward("shop", pod, Some(ForwardFault::Reset));
     let app = TestApp::start(&cluster).await;
     cluster.clear_calls();
-    let request = Request::post("/").header("host", "web.shop").body(Full::from("once")).unwrap();
+    let request = Request::post("/")
+        .header("host", "web.shop")
+        .body(Full::from("once"))
+        .unwrap();
     let reply = Reply::read(Client::http1(app.address).await.send(request).await).await;
     assert_eq!(reply.status, StatusCode::BAD_GATEWAY);
-    let forwards = cluster.calls().iter().filter(|call| call.subresource.is_some()).count();
+    let forwards = cluster
+        .calls()
+        .iter()
+        .filter(|call| call.subresource.is_some())
+        .count();
     assert_eq!(forwards, 1, "an unsafe request was sent again");
 }
 
@@ -127,7 +182,10 @@ async fn a_host_header_is_needed_and_only_one() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let cluster = cluster().await;
     let app = TestApp::start(&cluster).await;
-    for head in ["GET / HTTP/1.1\r\n\r\n", "GET / HTTP/1.1\r\nHost: two.shop\r\nHost: none.shop\r\n\r\n"] {
+    for head in [
+        "GET / HTTP/1.1\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: two.shop\r\nHost: none.shop\r\n\r\n",
+    ] {
         let mut stream = tokio::net::TcpStream::connect(app.address).await.unwrap();
         stream.write_all(head.as_bytes()).await.unwrap();
         stream.shutdown().await.unwrap();

@@ -19,12 +19,21 @@ const GRPC: &str = "greeter.shop.svc.cluster.local";
 
 fn web(cluster: &FakeCluster, replicas: usize) -> Workload {
     let any = Serve::Http(Protocols::Any);
-    cluster.workload("shop", "web").port("http", 80, ("http", 8080)).serve(any).replicas(replicas).create().unwrap()
+    cluster
+        .workload("shop", "web")
+        .port("http", 80, ("http", 8080))
+        .serve(any)
+        .replicas(replicas)
+        .create()
+        .unwrap()
 }
 
 fn greeter(cluster: &FakeCluster) -> Workload {
     let h2c = Serve::Http(Protocols::Http2);
-    let builder = cluster.workload("shop", "greeter").port("grpc", 50051, 50051).app_protocol("kubernetes.io/h2c");
+    let builder = cluster
+        .workload("shop", "greeter")
+        .port("grpc", 50051, 50051)
+        .app_protocol("kubernetes.io/h2c");
     builder.serve(h2c).create().unwrap()
 }
 
@@ -59,9 +68,17 @@ async fn the_raw_target_repeated_headers_and_the_body_pass_untouched() {
             .unwrap();
         let seen = Reply::read(client.send(request).await).await.json();
         assert_eq!(seen["target"], "/a//b/%2F/../c?q=%20&r");
-        assert_eq!((&seen["body"], &seen["body_bytes"]), (&"some body".into(), &9.into()));
-        let many: Vec<_> =
-            seen["headers"].as_array().unwrap().iter().filter(|pair| pair[0] == "x-many").map(|pair| &pair[1]).collect();
+        assert_eq!(
+            (&seen["body"], &seen["body_bytes"]),
+            (&"some body".into(), &9.into())
+        );
+        let many: Vec<_> = seen["headers"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|pair| pair[0] == "x-many")
+            .map(|pair| &pair[1])
+            .collect();
         assert_eq!(many, ["one", "two"]);
     }
 }
@@ -74,14 +91,27 @@ async fn every_cookie_and_status_of_the_backend_arrives() {
     let reply = fetch(app.address, WEB, "/cookies").await;
     assert_eq!(reply.headers.get_all("set-cookie").iter().count(), 2);
     for status in [204, 304, 404, 418, 500, 503] {
-        assert_eq!(fetch(app.address, WEB, &format!("/status/{status}")).await.status.as_u16(), status);
+        assert_eq!(
+            fetch(app.address, WEB, &format!("/status/{status}"))
+                .await
+                .status
+                .as_u16(),
+            status
+        );
     }
     let mut client = Client::http1(app.address).await;
     let mut head = get(WEB, "/bytes/1000");
     *head.method_mut() = Method::HEAD;
     let reply = Reply::read(client.send(head).await).await;
-    assert_eq!((&reply.headers["content-length"], reply.body.len()), (&"1000".parse().unwrap(), 0));
-    assert_eq!(client.get(WEB, "/health").await.status, StatusCode::OK, "the connection is good after a HEAD");
+    assert_eq!(
+        (&reply.headers["content-length"], reply.body.len()),
+        (&"1000".parse().unwrap(), 0)
+    );
+    assert_eq!(
+        client.get(WEB, "/health").await.status,
+        StatusCode::OK,
+        "the connection is good after a HEAD"
+    );
 }
 
 #[tokio::test]
@@ -123,7 +153,12 @@ async fn an_event_passes_before_the_next_one_is_written() {
         // The second event is an hour away, so the first can only arrive if nothing holds it back.
         let mut response = client.send(get(WEB, "/sse?count=2&interval_ms=3600000")).await;
         let frame = tokio::time::timeout(Duration::from_secs(10), response.body_mut().frame()).await;
-        let event = frame.expect("the event was held back").unwrap().unwrap().into_data().unwrap();
+        let event = frame
+            .expect("the event was held back")
+            .unwrap()
+            .unwrap()
+            .into_data()
+            .unwrap();
         assert!(event.starts_with(b"data: {\"seq\":0"), "{event:?}");
     }
 }
@@ -172,7 +207,10 @@ async fn a_warm_request_costs_no_api_call_and_no_new_connection() {
     let mut client = Client::http1(app.address).await;
     client.get(WEB, "/").await;
     // The watches begin after the first answer.
-    eventually("both watches", || cluster.calls().iter().filter(|call| call.verb == "watch").count() == 2).await;
+    eventually("both watches", || {
+        cluster.calls().iter().filter(|call| call.verb == "watch").count() == 2
+    })
+    .await;
     cluster.clear_calls();
     for _ in 0..20 {
         client.get(WEB, "/").await;
@@ -187,8 +225,9 @@ async fn a_hundred_first_requests_share_one_set_up() {
     let _workload = greeter(&cluster);
     let app = TestApp::start(&cluster).await;
     let address = app.address;
-    let requests: Vec<_> =
-        (0..100).map(|_| tokio::spawn(async move { fetch(address, GRPC, "/").await.status })).collect();
+    let requests: Vec<_> = (0..100)
+        .map(|_| tokio::spawn(async move { fetch(address, GRPC, "/").await.status }))
+        .collect();
     for request in requests {
         assert_eq!(request.await.unwrap(), StatusCode::OK);
     }
@@ -210,8 +249,9 @@ async fn a_burst_opens_no_more_connections_than_it_has_requests() {
     let workload = web(&cluster, 1);
     let app = TestApp::start(&cluster).await;
     let address = app.address;
-    let requests: Vec<_> =
-        (0..100).map(|_| tokio::spawn(async move { fetch(address, WEB, "/").await.status })).collect();
+    let requests: Vec<_> = (0..100)
+        .map(|_| tokio::spawn(async move { fetch(address, WEB, "/").await.status }))
+        .collect();
     for request in requests {
         assert_eq!(request.await.unwrap(), StatusCode::OK);
     }
@@ -235,7 +275,14 @@ async fn a_slow_service_does_not_delay_another() {
 async fn one_pod_of_a_headless_service_is_reached_by_its_name() {
     let cluster = FakeCluster::start().await.unwrap();
     let any = Serve::Http(Protocols::Any);
-    let workload = cluster.workload("shop", "db").port("", 5432, 5432).serve(any).replicas(2).headless().create().unwrap();
+    let workload = cluster
+        .workload("shop", "db")
+        .port("", 5432, 5432)
+        .serve(any)
+        .replicas(2)
+        .headless()
+        .create()
+        .unwrap();
     let app = TestApp::start(&cluster).await;
     for pod in &workload.pods {
         for _ in 0..3 {
@@ -251,8 +298,18 @@ async fn health_answers_on_own_hosts_and_belongs_to_the_backend_on_others() {
     let workload = web(&cluster, 1);
     let app = TestApp::start(&cluster).await;
     let own = fetch(app.address, "localhost:8080", "/health").await.json();
-    assert_eq!((&own["status"], &own["protocol"]), (&"healthy".into(), &"HTTP/1.1 (cleartext)".into()));
-    let own = Client::h2c(app.address).await.get("127.0.0.1", "/health").await.json();
+    assert_eq!(
+        (&own["status"], &own["protocol"]),
+        (&"healthy".into(), &"HTTP/1.1 (cleartext)".into())
+    );
+    let own = Client::h2c(app.address)
+        .await
+        .get("127.0.0.1", "/health")
+        .await
+        .json();
     assert_eq!(own["protocol"], "HTTP/2.0 (cleartext)");
-    assert_eq!(fetch(app.address, WEB, "/health").await.pod(), workload.pods[0].name);
+    assert_eq!(
+        fetch(app.address, WEB, "/health").await.pod(),
+        workload.pods[0].name
+    );
 }

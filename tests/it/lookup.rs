@@ -14,13 +14,22 @@ const WEB: &str = "web.shop.svc.cluster.local";
 
 fn web(cluster: &FakeCluster, replicas: usize) -> Workload {
     let any = Serve::Http(Protocols::Any);
-    cluster.workload("shop", "web").port("http", 80, ("http", 8080)).serve(any).replicas(replicas).create().unwrap()
+    cluster
+        .workload("shop", "web")
+        .port("http", 80, ("http", 8080))
+        .serve(any)
+        .replicas(replicas)
+        .create()
+        .unwrap()
 }
 
 /// A user with exactly these rights in the namespace `shop`.
 fn user(cluster: &FakeCluster, rules: &[Rule]) -> Identity {
     cluster.add_token("dev", "dev-token");
-    let rules: Vec<_> = rules.iter().map(|rule| rule.clone().in_namespace("shop")).collect();
+    let rules: Vec<_> = rules
+        .iter()
+        .map(|rule| rule.clone().in_namespace("shop"))
+        .collect();
     cluster.allow_only("dev", &rules);
     Identity::Token("dev-token".into())
 }
@@ -39,7 +48,10 @@ async fn a_namespaced_role_is_enough_and_nothing_cluster_wide_is_asked() {
     let app = TestApp::start_as(&cluster, &identity).await;
     assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
     for call in cluster.calls() {
-        assert!(call.resource.is_empty() || call.namespace.as_deref() == Some("shop"), "{call:?}");
+        assert!(
+            call.resource.is_empty() || call.namespace.as_deref() == Some("shop"),
+            "{call:?}"
+        );
     }
 }
 
@@ -49,7 +61,10 @@ async fn without_endpointslices_and_watch_pods_are_polled() {
     let workload = web(&cluster, 2);
     let identity = user(
         &cluster,
-        &[Rule::new(&["get", "list"], &["services", "pods"]), Rule::new(&["get", "create"], &["pods/portforward"])],
+        &[
+            Rule::new(&["get", "list"], &["services", "pods"]),
+            Rule::new(&["get", "create"], &["pods/portforward"]),
+        ],
     );
     let kubeconfig = cluster.kubeconfig_for(&identity).unwrap();
     let app = TestApp::with(&cluster, &kubeconfig, &[(&setting::POLL_INTERVAL, "20ms")]).await;
@@ -59,7 +74,13 @@ async fn without_endpointslices_and_watch_pods_are_polled() {
     let only = &workload.pods[1].name;
     // Two lists more have seen the change.
     cluster.clear_calls();
-    let lists = || cluster.calls().iter().filter(|call| call.verb == "list" && call.resource == "pods").count();
+    let lists = || {
+        cluster
+            .calls()
+            .iter()
+            .filter(|call| call.verb == "list" && call.resource == "pods")
+            .count()
+    };
     eventually("two polls", || lists() >= 2).await;
     for _ in 0..4 {
         assert_eq!(&fetch(app.address, WEB, "/").await.pod(), only);
@@ -70,7 +91,10 @@ async fn without_endpointslices_and_watch_pods_are_polled() {
 async fn a_client_certificate_is_as_good_as_a_token() {
     let cluster = FakeCluster::start().await.unwrap();
     let _workload = web(&cluster, 1);
-    let identity = Identity::ClientCertificate { name: "admin".into(), group: Some("system:masters".into()) };
+    let identity = Identity::ClientCertificate {
+        name: "admin".into(),
+        group: Some("system:masters".into()),
+    };
     let app = TestApp::start_as(&cluster, &identity).await;
     assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
 }
@@ -104,7 +128,9 @@ async fn wait_for_pods(app: &TestApp, pods: &[&String]) {
             }
         }
     };
-    tokio::time::timeout(crate::app::PATIENCE, waiting).await.expect("the pods never changed");
+    tokio::time::timeout(crate::app::PATIENCE, waiting)
+        .await
+        .expect("the pods never changed");
 }
 
 #[tokio::test]
@@ -126,11 +152,16 @@ async fn a_replaced_pod_costs_no_request() {
 async fn a_pod_that_is_gone_is_passed_over_before_the_cluster_says_so() {
     let cluster = FakeCluster::start().await.unwrap();
     let workload = web(&cluster, 2);
-    cluster.faults().set_forward("shop", &workload.pods[0].name, Some(ForwardFault::PodGone));
+    cluster
+        .faults()
+        .set_forward("shop", &workload.pods[0].name, Some(ForwardFault::PodGone));
     let app = TestApp::start(&cluster).await;
     for _ in 0..4 {
         let reply = fetch(app.address, WEB, "/").await;
-        assert_eq!((reply.status, reply.pod()), (StatusCode::OK, workload.pods[1].name.clone()));
+        assert_eq!(
+            (reply.status, reply.pod()),
+            (StatusCode::OK, workload.pods[1].name.clone())
+        );
     }
 }
 
@@ -139,11 +170,15 @@ async fn a_pod_that_refuses_is_passed_over_even_for_a_post() {
     use crate::client::{Client, Reply};
     let cluster = FakeCluster::start().await.unwrap();
     let workload = web(&cluster, 2);
-    cluster.faults().set_forward("shop", &workload.pods[0].name, Some(ForwardFault::Refused));
+    cluster
+        .faults()
+        .set_forward("shop", &workload.pods[0].name, Some(ForwardFault::Refused));
     let app = TestApp::start(&cluster).await;
     for _ in 0..4 {
-        let request =
-            http::Request::post("/").header("host", WEB).body(http_body_util::Full::default()).unwrap();
+        let request = http::Request::post("/")
+            .header("host", WEB)
+            .body(http_body_util::Full::default())
+            .unwrap();
         let reply = Reply::read(Client::http1(app.address).await.send(request).await).await;
         assert_eq!(reply.status, StatusCode::OK, "{}", reply.text());
     }
@@ -156,7 +191,9 @@ async fn a_service_that_appears_is_found() {
     assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::NOT_FOUND);
     let _workload = web(&cluster, 1);
     let waiting = async { while fetch(app.address, WEB, "/").await.status != StatusCode::OK {} };
-    tokio::time::timeout(crate::app::PATIENCE, waiting).await.expect("the new service was never found");
+    tokio::time::timeout(crate::app::PATIENCE, waiting)
+        .await
+        .expect("the new service was never found");
 }
 
 #[tokio::test]

@@ -1,5 +1,8 @@
 //! The whole program on a free port against the in-process cluster.
-#![expect(clippy::unwrap_used, reason = "a failed step fails the test, and the panic says where")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "a failed step fails the test, and the panic says where"
+)]
 
 mod app;
 mod client;

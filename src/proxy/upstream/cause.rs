@@ -15,7 +15,9 @@ pub(super) struct Cause(Arc<OnceLock<(io::ErrorKind, String)>>);
 impl Cause {
     /// Returns the error as another one of the same kind and text.
     pub(super) fn get(&self) -> Option<io::Error> {
-        self.0.get().map(|(kind, text)| io::Error::new(*kind, text.clone()))
+        self.0
+            .get()
+            .map(|(kind, text)| io::Error::new(*kind, text.clone()))
     }
 
     fn note<T>(&self, result: io::Result<T>) -> io::Result<T> {
@@ -36,7 +38,11 @@ impl<S> Noted<S> {
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Noted<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let result = ready!(Pin::new(&mut self.stream).poll_read(cx, buf));
         Poll::Ready(self.cause.note(result))
     }

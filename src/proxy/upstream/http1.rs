@@ -170,7 +170,11 @@ impl std::fmt::Debug for Held {
 
 impl Lease {
     pub(super) fn new(pool: Arc<Pool>, connection: Connection, drain: Drain) -> Self {
-        Self(Some(Box::new(Held { pool, connection, drain })))
+        Self(Some(Box::new(Held {
+            pool,
+            connection,
+            drain,
+        })))
     }
 
     /// Makes the lease of a connection that is shared and need not be given back.
@@ -181,7 +185,11 @@ impl Lease {
     /// Gives the connection back, to be called when the response's body has been read to its end.
     pub(crate) fn give_back(self) {
         let Some(held) = self.0 else { return };
-        let Held { pool, mut connection, drain } = *held;
+        let Held {
+            pool,
+            mut connection,
+            drain,
+        } = *held;
         if connection.sender.is_ready() {
             lock(&pool.state).hand_over(connection, true);
         } else if !connection.sender.is_closed() {

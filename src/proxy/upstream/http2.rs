@@ -117,7 +117,10 @@ impl Pool {
             // hyper keeps the connection up until the streams that are open on it have ended.
             state.current = None;
         }
-        let alive = state.current.as_ref().is_some_and(|connection| !connection.sender.is_closed());
+        let alive = state
+            .current
+            .as_ref()
+            .is_some_and(|connection| !connection.sender.is_closed());
         alive || !state.waiting.is_empty() || Arc::strong_count(self) > 1
     }
 }

@@ -82,6 +82,12 @@ impl HttpBackend {
         self.listener.accepted()
     }
 
+    /// Connections that are open now.
+    #[must_use]
+    pub fn open_connections(&self) -> usize {
+        self.listener.open()
+    }
+
     /// Method and target of every request so far, such as `GET /echo?a=1`.
     #[must_use]
     pub fn requests(&self) -> Vec<String> {

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tokio::net::{TcpListener, TcpStream};
@@ -24,6 +24,8 @@ pub(super) struct Listener {
 struct Shared {
     /// Connections accepted.
     accepted: AtomicU64,
+    /// Connections that have not ended.
+    open: AtomicUsize,
     /// Ends everything.
     stop: CancellationToken,
     /// Ends the connections of now.
@@ -45,6 +47,7 @@ impl Listener {
         let stop = CancellationToken::new();
         let shared = Arc::new(Shared {
             accepted: AtomicU64::new(0),
+            open: AtomicUsize::new(0),
             live: Mutex::new(stop.child_token()),
             stop,
             tasks: TaskTracker::new(),
@@ -59,6 +62,11 @@ impl Listener {
 
     pub(super) fn accepted(&self) -> u64 {
         self.shared.accepted.load(Ordering::Relaxed)
+    }
+
+    /// Connections that are open now.
+    pub(super) fn open(&self) -> usize {
+        self.shared.open.load(Ordering::Relaxed)
     }
 
     /// Cuts the connections that exist now.
@@ -93,11 +101,14 @@ where
         }
         let ended = lock(&shared.live).child_token();
         let connection = serve(stream, shared.tasks.clone());
+        shared.open.fetch_add(1, Ordering::Relaxed);
+        let counted = shared.clone();
         shared.tasks.spawn(async move {
             tokio::select! {
                 () = connection => {}
                 () = ended.cancelled() => {}
             }
+            counted.open.fetch_sub(1, Ordering::Relaxed);
         });
     }
 }
