@@ -34,7 +34,7 @@ impl App {
     /// # Errors
     /// One line for the user: [`crate::proxy::BindError`] or [`crate::k8s::ConnectionError`].
     pub async fn bind(config: &Config) -> Result<Self> {
-        let listener = Listener::bind(&config.proxy.bind, config.proxy.port).await?;
+        let listener = Listener::bind(&config.proxy.bind, config.proxy.port)?;
         let cluster = Cluster::load(&config.k8s).await?;
         let version = cluster.check().await?;
         info!(server = cluster.url(), version, "connected to the cluster");

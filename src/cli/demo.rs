@@ -22,7 +22,7 @@ pub(super) fn run(mut config: Config, layers: &Layers) -> Result<ExitCode> {
     if layers.value(&setting::PORT).source == Source::Default {
         config.proxy.port = 0;
     }
-    run::runtime()?.block_on(async {
+    run::block_on(async {
         let cluster = FakeCluster::start()
             .await
             .context("cannot start the miniature cluster")?;
@@ -42,9 +42,9 @@ pub(super) fn run(mut config: Config, layers: &Layers) -> Result<ExitCode> {
         );
         // Whether anybody reads the guide makes no difference to the demo.
         let _ = io::stdout().lock().write_all(guide.as_bytes());
-        app.run(run::stop_signal()).await;
+        let code = run::until_stopped(app).await;
         cluster.shutdown().await;
-        Ok(ExitCode::SUCCESS)
+        Ok(code)
     })
 }
 

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 use tokio::signal;
+use tokio::sync::oneshot;
 use tracing::{info, warn};
 
 use crate::app::App;
@@ -21,31 +22,41 @@ pub(super) fn run(config: &Config) -> Result<ExitCode> {
     if config.dns_only {
         bail!("-dns-only: the DNS server is not part of this version yet, so there is nothing to run");
     }
-    runtime()?.block_on(async {
+    block_on(async {
         let app = App::bind(config).await?;
-        info!("DNS, mDNS and the set-up of the system's DNS are not part of this version yet: send the service as the Host header");
-        app.run(stop_signal()).await;
-        Ok(ExitCode::SUCCESS)
+        info!(
+            "DNS, mDNS and the set-up of the system's DNS are not part of this version yet: send the service as the Host header"
+        );
+        Ok(until_stopped(app).await)
     })
 }
 
-/// Makes the runtime of the program.
-pub(super) fn runtime() -> Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread()
+/// Runs the program's one future on a runtime of its own.
+pub(super) fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
-        .context("cannot start the runtime")
+        .context("cannot start the runtime")?;
+    let done = runtime.block_on(future);
+    // Whatever is still running by now was told to end, or its user asked not to wait for it.
+    runtime.shutdown_background();
+    done
 }
 
-/// Resolves at the first signal to stop, and arms the second one to end the process at once.
-pub(super) async fn stop_signal() {
-    let first = one_signal().await;
-    info!(signal = first, "stopping; another signal ends at once");
-    tokio::task::spawn(async {
+/// Runs `app` until a first signal has made it drain, or a second one ends the wait for that.
+pub(super) async fn until_stopped(app: App) -> ExitCode {
+    let (stop, stopped) = oneshot::channel::<()>();
+    let signals = async {
+        let first = one_signal().await;
+        info!(signal = first, "stopping; another signal ends at once");
+        drop(stop);
         one_signal().await;
         warn!("ended before running requests were complete");
-        std::process::exit(1);
-    });
+    };
+    tokio::select! {
+        () = app.run(async { drop(stopped.await) }) => ExitCode::SUCCESS,
+        () = signals => ExitCode::FAILURE,
+    }
 }
 
 #[cfg(unix)]

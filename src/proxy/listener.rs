@@ -109,14 +109,14 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Binds `port` on every address; port 0 takes one that is free on all of them.
+    /// Binds `port` on every address; port 0 takes one that is free on all of them. To be called inside a Tokio runtime.
     ///
     /// # Errors
     /// A [`BindError`] for the first address that cannot be had.
-    pub async fn bind(bind: &Bind, port: u16) -> Result<Self, BindError> {
+    pub fn bind(bind: &Bind, port: u16) -> Result<Self, BindError> {
         let mut tries = 0;
         loop {
-            match Self::bind_all(bind, port).await {
+            match Self::bind_all(bind, port) {
                 // Port 0 was free on the first address and taken on another.
                 Err(BindError::Taken(_)) if port == 0 && tries < FREE_PORT_TRIES => tries += 1,
                 done => return done,
@@ -124,11 +124,11 @@ impl Listener {
         }
     }
 
-    async fn bind_all(bind: &Bind, mut port: u16) -> Result<Self, BindError> {
+    fn bind_all(bind: &Bind, mut port: u16) -> Result<Self, BindError> {
         let mut sockets = Vec::new();
         for (address, may_lack) in bind.addresses() {
             let address = SocketAddr::new(address, port);
-            match bind_one(address).await {
+            match bind_one(address) {
                 Ok(socket) => {
                     port = socket
                         .local_addr()
@@ -191,7 +191,7 @@ where
 }
 
 /// Binds without tokio's default dual stack on `[::]`, so that the IPv4 socket of the same port is no conflict.
-async fn bind_one(address: SocketAddr) -> io::Result<TcpListener> {
+fn bind_one(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
@@ -235,7 +235,7 @@ mod tests {
 
     #[tokio::test]
     async fn port_zero_is_one_free_port_on_all_addresses() {
-        let listener = Listener::bind(&Bind::Loopback, 0).await.unwrap();
+        let listener = Listener::bind(&Bind::Loopback, 0).unwrap();
         let ports: Vec<_> = listener.addresses().iter().map(SocketAddr::port).collect();
         assert!(
             ports[0] > 0 && ports.iter().all(|port| *port == ports[0]),
@@ -245,9 +245,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_taken_port_fails_with_the_way_out() {
-        let first = Listener::bind(&Bind::Loopback, 0).await.unwrap();
+        let first = Listener::bind(&Bind::Loopback, 0).unwrap();
         let port = first.addresses()[0].port();
-        let error = Listener::bind(&Bind::Loopback, port).await.unwrap_err();
+        let error = Listener::bind(&Bind::Loopback, port).unwrap_err();
         assert!(matches!(error, BindError::Taken(_)));
         let text = error.to_string();
         assert!(

@@ -100,22 +100,18 @@ impl Upstream {
     /// Makes empty pools over `connect`; connections unused for `idle_timeout` are closed. Its tasks run under `drain`.
     #[must_use]
     pub(crate) fn new(connect: Arc<dyn Connect>, idle_timeout: Duration, drain: Drain) -> Self {
-        let this = Self {
-            shared: Arc::new(Shared {
-                connect,
-                drain: drain.clone(),
-            }),
-            pools: Arc::default(),
-        };
-        let pools = this.pools.clone();
-        let waiting = drain.clone();
+        let pools: Arc<Mutex<HashMap<(Target, Wire), Pool>>> = Arc::default();
+        let (swept, waiting) = (pools.clone(), drain.clone());
         drain.spawn(async move {
             tokio::select! {
                 () = waiting.started() => {}
-                () = sweep(&pools, idle_timeout) => {}
+                () = sweep(&swept, idle_timeout) => {}
             }
         });
-        this
+        Self {
+            shared: Arc::new(Shared { connect, drain }),
+            pools,
+        }
     }
 
     /// Sends `request` to `target` and waits for the response's headers. Dropping the future gives up the request; on

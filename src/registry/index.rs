@@ -226,6 +226,10 @@ fn elapsed(epoch: Instant) -> u64 {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the runtime of a test ends with it, and every task too"
+)]
 mod tests {
     use super::*;
     use crate::registry::{Service, ServiceKind};

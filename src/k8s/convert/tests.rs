@@ -29,7 +29,7 @@ fn slice(address_type: &str, pods: &[(&str, bool)]) -> EndpointSlice {
     }))
 }
 
-fn pod(name: &str, extra: Value) -> Pod {
+fn pod(name: &str, extra: &Value) -> Pod {
     let mut object = json!({
         "metadata": {"namespace": "default", "name": name, "uid": format!("uid-{name}")},
         "spec": {"containers": [{"name": "c", "ports": [{"name": "http", "containerPort": 8080}]}]},
@@ -44,13 +44,13 @@ fn pod(name: &str, extra: Value) -> Pod {
     from(object)
 }
 
-fn object(spec: Value) -> KubeService {
+fn object(spec: &Value) -> KubeService {
     from(json!({"metadata": {"name": "web"}, "spec": spec}))
 }
 
 #[test]
 fn the_kinds_of_service_are_told_apart() {
-    let kind = |spec| service(web(), &object(spec)).kind;
+    let kind = |spec: Value| service(web(), &object(&spec)).kind;
     assert_eq!(kind(json!({"clusterIP": "10.96.0.7"})), ServiceKind::Virtual);
     assert_eq!(kind(json!({"clusterIP": "None"})), ServiceKind::Headless);
     let external = json!({"type": "ExternalName", "externalName": "example.org"});
@@ -65,7 +65,7 @@ fn a_target_port_is_a_name_a_number_or_the_ports_own() {
         {"name": "c", "port": 82},
         {"name": "d", "port": 83, "targetPort": 0},
     ]);
-    let targets: Vec<_> = service(web(), &object(json!({"ports": ports})))
+    let targets: Vec<_> = service(web(), &object(&json!({"ports": ports})))
         .ports
         .into_iter()
         .map(|p| p.target)
@@ -118,21 +118,21 @@ fn pods_become_the_endpoints_that_the_slice_controller_would_make() {
     let service = service(
         web(),
         &object(
-            json!({"selector": {"app": "web"}, "ports": [{"name": "http", "port": 80, "targetPort": "http"}]}),
+            &json!({"selector": {"app": "web"}, "ports": [{"name": "http", "port": 80, "targetPort": "http"}]}),
         ),
     );
     let pods = [
-        pod("a-ready", json!({})),
+        pod("a-ready", &json!({})),
         pod(
             "b-unready",
-            json!({"status": {"conditions": [{"type": "Ready", "status": "False"}]}}),
+            &json!({"status": {"conditions": [{"type": "Ready", "status": "False"}]}}),
         ),
         pod(
             "c-leaving",
-            json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}),
+            &json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}),
         ),
-        pod("d-done", json!({"status": {"phase": "Succeeded"}})),
-        pod("e-pending", json!({"status": {"podIP": ""}})),
+        pod("d-done", &json!({"status": {"phase": "Succeeded"}})),
+        pod("e-pending", &json!({"status": {"podIP": ""}})),
     ];
     let endpoints = endpoints_from_pods(&service, &pods, &mut Loads::new());
     let seen: Vec<_> = endpoints
@@ -152,7 +152,7 @@ fn pods_become_the_endpoints_that_the_slice_controller_would_make() {
 
 #[test]
 fn a_selector_becomes_a_label_selector() {
-    let labels = object(json!({"selector": {"app": "web", "tier": "front"}}));
+    let labels = object(&json!({"selector": {"app": "web", "tier": "front"}}));
     assert_eq!(selector(&labels).as_deref(), Some("app=web,tier=front"));
-    assert_eq!(selector(&object(json!({}))), None);
+    assert_eq!(selector(&object(&json!({}))), None);
 }
