@@ -1,5 +1,9 @@
 //! The whole program on a free port against the in-process cluster.
 #![expect(
+    clippy::disallowed_methods,
+    reason = "the runtime of a test ends with it, and every task too"
+)]
+#![expect(
     clippy::unwrap_used,
     reason = "a failed step fails the test, and the panic says where"
 )]
