@@ -8,6 +8,7 @@ mod discovery;
 mod error;
 mod follow;
 mod portforward;
+mod token_file;
 
 pub use client::{Cluster, Config, ConnectionError};
 pub use discovery::Discovery;

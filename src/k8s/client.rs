@@ -15,9 +15,11 @@ use hyper_util::rt::TokioExecutor;
 use kube::client::{ClientBuilder, ConfigExt};
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Client, Config as KubeConfig};
+use tower::util::MapRequestLayer;
 use tower::{BoxError, ServiceBuilder, ServiceExt};
 
 use crate::k8s::error::{self, Kind};
+use crate::k8s::token_file::TokenFile;
 
 /// Dead peers must be noticed well before a user gives up: first probe after this silence, then every [`PROBE`].
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -94,11 +96,12 @@ impl Cluster {
     /// # Errors
     /// [`ConnectionError::NoConfig`], [`ConnectionError::BadConfig`], or `Unauthorized` when a credential plugin fails.
     pub async fn load(config: &Config) -> Result<Self, ConnectionError> {
-        let kube = load(config).await?;
+        let mut kube = load(config).await?;
+        let token_file = take_token_file(&mut kube)?;
         let url = kube.cluster_url.to_string();
         let (timeout, shown) = (config.timeout, url.clone());
         // Credential plugins are run by kube while it builds the layers, and block their thread.
-        let client = tokio::task::spawn_blocking(move || build(&kube, timeout))
+        let client = tokio::task::spawn_blocking(move || build(&kube, token_file, timeout))
             .await
             .expect("building a client does not panic")
             .map_err(|error| match error::kind(&error) {
@@ -156,6 +159,22 @@ async fn load(config: &Config) -> Result<KubeConfig, ConnectionError> {
         .map_err(bad)
 }
 
+/// Takes a token file out of the configuration, to be read by ours instead of kube's reader. A token wins over a file.
+fn take_token_file(config: &mut KubeConfig) -> Result<Option<TokenFile>, ConnectionError> {
+    let Some(path) = config
+        .auth_info
+        .token_file
+        .take()
+        .filter(|_| config.auth_info.token.is_none())
+    else {
+        return Ok(None);
+    };
+    let opened = TokenFile::open(Path::new(&path));
+    opened
+        .map(Some)
+        .map_err(|error| ConnectionError::BadConfig(format!("token file {path}: {error}")))
+}
+
 /// Reads and merges the kubeconfig files, or finds none. Files of the list that do not exist are passed over as kubectl
 /// does; a file that was named by flag must exist.
 fn read(explicit: Option<&Path>) -> Result<Option<Kubeconfig>, ConnectionError> {
@@ -194,7 +213,11 @@ fn default_path() -> Option<PathBuf> {
 }
 
 /// Puts the client together; the connector depends on the kind of proxy on the way.
-fn build(config: &KubeConfig, timeout: Duration) -> Result<Client, kube::Error> {
+fn build(
+    config: &KubeConfig,
+    token_file: Option<TokenFile>,
+    timeout: Duration,
+) -> Result<Client, kube::Error> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_nodelay(true);
@@ -206,14 +229,14 @@ fn build(config: &KubeConfig, timeout: Duration) -> Result<Client, kube::Error> 
     tcp.set_tcp_user_timeout(Some(KEEP_ALIVE));
 
     let Some(proxy) = config.proxy_url.clone() else {
-        return stack(config, tcp, timeout);
+        return stack(config, token_file, tcp, timeout);
     };
     match proxy.scheme_str() {
-        Some("socks5") => stack(config, SocksV5::new(proxy, tcp), timeout),
-        Some("http") => stack(config, tunnel(&proxy, tcp), timeout),
+        Some("socks5") => stack(config, token_file, SocksV5::new(proxy, tcp), timeout),
+        Some("http") => stack(config, token_file, tunnel(&proxy, tcp), timeout),
         Some("https") => {
             let tls = config.rustls_https_connector_with_connector(tcp)?;
-            stack(config, tunnel(&proxy, tls), timeout)
+            stack(config, token_file, tunnel(&proxy, tls), timeout)
         }
         _ => Err(kube::Error::ProxyProtocolUnsupported {
             proxy_url: Box::new(proxy),
@@ -221,7 +244,12 @@ fn build(config: &KubeConfig, timeout: Duration) -> Result<Client, kube::Error> 
     }
 }
 
-fn stack<C>(config: &KubeConfig, connector: C, timeout: Duration) -> Result<Client, kube::Error>
+fn stack<C>(
+    config: &KubeConfig,
+    token_file: Option<TokenFile>,
+    connector: C,
+    timeout: Duration,
+) -> Result<Client, kube::Error>
 where
     C: tower::Service<Uri> + Clone + Send + Sync + 'static,
     C::Response:
@@ -237,6 +265,7 @@ where
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer()?)
+        .option_layer(token_file.map(|token| MapRequestLayer::new(move |request| token.authorize(request))))
         .layer(config.extra_headers_layer()?)
         // Ends with the response's headers, so it bounds lists, watches and upgrades without cutting their streams.
         .layer(tower::timeout::TimeoutLayer::new(timeout))

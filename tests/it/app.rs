@@ -23,21 +23,16 @@ pub(crate) struct TestApp {
 impl TestApp {
     /// Starts with the administrator's kubeconfig.
     pub(crate) async fn start(cluster: &FakeCluster) -> Self {
-        Self::with(cluster, &cluster.kubeconfig(), &[]).await
+        Self::with(&cluster.kubeconfig(), &[]).await
     }
 
     /// Starts as another user of the cluster.
     pub(crate) async fn start_as(cluster: &FakeCluster, identity: &Identity) -> Self {
-        Self::with(cluster, &cluster.kubeconfig_for(identity).unwrap(), &[]).await
+        Self::with(&cluster.kubeconfig_for(identity).unwrap(), &[]).await
     }
 
     /// Starts with settings.
-    pub(crate) async fn with(
-        cluster: &FakeCluster,
-        kubeconfig: &str,
-        flags: &[(&'static Setting, &str)],
-    ) -> Self {
-        let _ = cluster;
+    pub(crate) async fn with(kubeconfig: &str, flags: &[(&'static Setting, &str)]) -> Self {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), kubeconfig).unwrap();
         let app = App::bind(&config(file.path().to_str().unwrap(), flags))

@@ -1,89 +1,12 @@
 //! The real binary: what it prints, how it ends, what it leaves behind.
 
-use std::fs;
 use std::io::{BufRead, BufReader};
-use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
-use std::time::Duration;
+use std::process::Stdio;
 
 use kube_tunnel::testing::{FakeCluster, Identity};
 
 use crate::app::PATIENCE;
-
-/// What a run of the program left.
-struct Done {
-    status: Option<i32>,
-    stdout: String,
-    stderr: String,
-}
-
-fn program(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_kube-tunnel"));
-    command
-        .args(arguments)
-        .env_clear()
-        .env("HOME", "/nonexistent")
-        .stdin(Stdio::null());
-    command
-}
-
-async fn run(arguments: &[&str]) -> Done {
-    let mut command = program(arguments);
-    let running = tokio::task::spawn_blocking(move || command.output().unwrap());
-    let output = tokio::time::timeout(PATIENCE, running)
-        .await
-        .expect("the program did not end")
-        .unwrap();
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-    Done {
-        status: output.status.code(),
-        stdout: text(output.stdout),
-        stderr: text(output.stderr),
-    }
-}
-
-/// Ends the program when the test fails half-way.
-struct Running(Child);
-
-impl Running {
-    fn signal(&self, signal: &str) {
-        let killed = Command::new("kill")
-            .args([signal, &self.0.id().to_string()])
-            .status()
-            .unwrap();
-        assert!(killed.success());
-    }
-
-    async fn wait(mut self) -> ExitStatus {
-        let waiting = async {
-            loop {
-                if let Some(status) = self.0.try_wait().unwrap() {
-                    return status;
-                }
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-        };
-        tokio::time::timeout(PATIENCE, waiting)
-            .await
-            .expect("the program did not end")
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn kubeconfig(text: &str) -> tempfile::NamedTempFile {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    fs::write(file.path(), text).unwrap();
-    file
-}
-
-fn path(file: &tempfile::NamedTempFile) -> &str {
-    file.path().to_str().unwrap()
-}
+use crate::program::{Lines, Running, kubeconfig, path, program, run};
 
 #[tokio::test]
 async fn mistakes_end_with_one_line_and_the_right_code() {
@@ -307,32 +230,4 @@ async fn a_second_signal_ends_at_once() {
     let _stderr = stderr.until("stopping").await;
     running.signal("-INT");
     assert_eq!(running.wait().await.code(), Some(1));
-}
-
-/// The log of a running program.
-struct Lines(BufReader<ChildStderr>);
-
-impl Lines {
-    fn new(stderr: ChildStderr) -> Self {
-        Self(BufReader::new(stderr))
-    }
-
-    /// Reads until a line has this word.
-    async fn until(mut self, word: &'static str) -> Self {
-        let reading = tokio::task::spawn_blocking(move || {
-            let mut line = String::new();
-            while !line.contains(word) {
-                line.clear();
-                assert!(
-                    self.0.read_line(&mut line).unwrap() > 0,
-                    "the program never said {word:?}"
-                );
-            }
-            self
-        });
-        tokio::time::timeout(PATIENCE, reading)
-            .await
-            .unwrap_or_else(|_| panic!("never said: {word:?}"))
-            .unwrap()
-    }
 }

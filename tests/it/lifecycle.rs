@@ -51,12 +51,7 @@ async fn the_deadline_cuts_off_what_does_not_end() {
         .serve(any)
         .create()
         .unwrap();
-    let app = TestApp::with(
-        &cluster,
-        &cluster.kubeconfig(),
-        &[(&setting::DRAIN_TIMEOUT, "100ms")],
-    )
-    .await;
+    let app = TestApp::with(&cluster.kubeconfig(), &[(&setting::DRAIN_TIMEOUT, "100ms")]).await;
     let mut client = Client::http1(app.address).await;
     let response = client.send(get(WEB, "/sse?count=1000000&interval_ms=50")).await;
     app.stop().await;

@@ -67,7 +67,7 @@ async fn without_endpointslices_and_watch_pods_are_polled() {
         ],
     );
     let kubeconfig = cluster.kubeconfig_for(&identity).unwrap();
-    let app = TestApp::with(&cluster, &kubeconfig, &[(&setting::POLL_INTERVAL, "20ms")]).await;
+    let app = TestApp::with(&kubeconfig, &[(&setting::POLL_INTERVAL, "20ms")]).await;
     assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
 
     cluster.set_ready("shop", &workload.pods[0].name, false);
@@ -213,7 +213,7 @@ async fn a_service_is_followed_only_while_it_is_used() {
     let cluster = FakeCluster::start().await.unwrap();
     let workload = web(&cluster, 1);
     let kubeconfig = cluster.kubeconfig();
-    let app = TestApp::with(&cluster, &kubeconfig, &[(&setting::IDLE_TIMEOUT, "200ms")]).await;
+    let app = TestApp::with(&kubeconfig, &[(&setting::IDLE_TIMEOUT, "200ms")]).await;
     fetch(app.address, WEB, "/").await;
     let backend = workload.pods[0].backends[0].http().unwrap();
     eventually("the idle connection to close", || backend.open_connections() == 0).await;

@@ -13,5 +13,8 @@ mod client;
 mod command;
 mod errors;
 mod http;
+mod kubeconfig;
 mod lifecycle;
+mod log;
 mod lookup;
+mod program;

@@ -1,0 +1,248 @@
+//! The kubeconfig as kubectl reads it (contract B4).
+
+use std::fs;
+use std::net::SocketAddr;
+use std::process::Stdio;
+
+use http::StatusCode;
+use kube_tunnel::testing::backend::{Protocols, Serve};
+use kube_tunnel::testing::{FakeCluster, Identity, Workload};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+
+use crate::app::TestApp;
+use crate::client::fetch;
+use crate::program::{Lines, Running, path, program};
+
+const WEB: &str = "web.shop.svc.cluster.local";
+
+async fn cluster() -> (FakeCluster, Workload) {
+    let cluster = FakeCluster::start().await.unwrap();
+    let any = Serve::Http(Protocols::Any);
+    let workload = cluster
+        .workload("shop", "web")
+        .port("http", 80, 8080)
+        .serve(any)
+        .create()
+        .unwrap();
+    (cluster, workload)
+}
+
+/// Replaces the token of a kubeconfig by other credentials.
+fn with_user(kubeconfig: &str, user: &str) -> String {
+    let lines = kubeconfig.lines().map(|line| match line.find("token:") {
+        Some(indent) => {
+            let pad = " ".repeat(indent);
+            user.lines().map(|line| format!("{pad}{line}\n")).collect()
+        }
+        None => format!("{line}\n"),
+    });
+    lines.collect()
+}
+
+#[tokio::test]
+async fn a_list_of_files_is_merged_and_missing_ones_are_passed_over() {
+    let (cluster, _workload) = cluster().await;
+    let whole = cluster.kubeconfig();
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    // The first file to set a value wins: the current context is in one file, what it refers to in the other.
+    let context = file("context", "apiVersion: v1\nkind: Config\ncurrent-context: fake\n");
+    let rest = file(
+        "rest",
+        &whole.replace("current-context: fake", "current-context: other"),
+    );
+    let list = format!("{context}:{}/missing:{rest}", folder.path().display());
+    let mut command = program(&["-port=0"]);
+    let mut running = Running(
+        command
+            .env("KUBECONFIG", list)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap(),
+    );
+    let _log = Lines::new(running.0.stderr.take().unwrap())
+        .until("listening")
+        .await;
+    running.signal("-TERM");
+    assert_eq!(running.wait().await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn the_default_file_is_in_the_home_folder() {
+    let (cluster, _workload) = cluster().await;
+    let home = tempfile::tempdir().unwrap();
+    fs::create_dir(home.path().join(".kube")).unwrap();
+    fs::write(home.path().join(".kube/config"), cluster.kubeconfig()).unwrap();
+    let mut command = program(&["-port=0"]);
+    let mut running = Running(
+        command
+            .env("HOME", home.path())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap(),
+    );
+    let _log = Lines::new(running.0.stderr.take().unwrap())
+        .until("listening")
+        .await;
+    running.signal("-TERM");
+    assert_eq!(running.wait().await.code(), Some(0));
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn an_exec_plugin_gives_the_token_with_its_own_environment() {
+    use std::os::unix::fs::PermissionsExt;
+    let (cluster, _workload) = cluster().await;
+    cluster.add_token("plugin", "plugin-token");
+    let folder = tempfile::tempdir().unwrap();
+    let plugin = folder.path().join("plugin");
+    let credential = r#"{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential","status":{"token":"'$TOKEN'"}}"#;
+    fs::write(&plugin, format!("#!/bin/sh\necho '{credential}'\n")).unwrap();
+    fs::set_permissions(&plugin, fs::Permissions::from_mode(0o755)).unwrap();
+    let user = format!(
+        "exec:\n  apiVersion: client.authentication.k8s.io/v1\n  command: {}\n  interactiveMode: Never\n  env:\n  - name: TOKEN\n    value: plugin-token",
+        plugin.display()
+    );
+    let app = TestApp::with(&with_user(&cluster.kubeconfig(), &user), &[]).await;
+    assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
+    assert!(
+        cluster.calls().iter().all(|call| call.user == "plugin"),
+        "{:?}",
+        cluster.calls()
+    );
+}
+
+#[tokio::test]
+async fn a_token_is_read_from_a_file() {
+    let (cluster, _workload) = cluster().await;
+    cluster.add_token("file", "file-token");
+    let token = tempfile::NamedTempFile::new().unwrap();
+    fs::write(token.path(), "file-token\n").unwrap();
+    let user = format!("tokenFile: {}", path(&token));
+    let app = TestApp::with(&with_user(&cluster.kubeconfig(), &user), &[]).await;
+    assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
+    assert!(cluster.calls().iter().any(|call| call.user == "file"));
+}
+
+#[tokio::test]
+async fn the_clusters_own_proxy_is_used_for_lookups_and_port_forwards() {
+    let (cluster, _workload) = cluster().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let proxy = listener.local_addr().unwrap();
+    let (seen, mut tunnels) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(connect_proxy(stream, seen.clone()));
+        }
+    });
+    let server = format!("server: {}", cluster.url());
+    let pad = cluster
+        .kubeconfig()
+        .lines()
+        .find_map(|line| line.find("server:"))
+        .unwrap();
+    let own = format!(
+        "{server}\n{}proxy-url: http://user:p%40ss@{proxy}",
+        " ".repeat(pad)
+    );
+    let app = TestApp::with(&cluster.kubeconfig().replace(&server, &own), &[]).await;
+    assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
+    let head = tunnels.recv().await.unwrap();
+    assert!(
+        head.starts_with(&format!("CONNECT {} ", cluster.address())),
+        "{head}"
+    );
+    assert!(
+        head.contains("dXNlcjpwQHNz"),
+        "the password of the URL is sent, decoded: {head}"
+    );
+}
+
+/// Serves one CONNECT of an HTTP proxy.
+async fn connect_proxy(stream: TcpStream, seen: mpsc::UnboundedSender<String>) {
+    let mut stream = BufReader::new(stream);
+    let mut head = String::new();
+    while !head.ends_with("\r\n\r\n") {
+        if stream.read_line(&mut head).await.unwrap_or(0) == 0 {
+            return;
+        }
+    }
+    let target: SocketAddr = head.split(' ').nth(1).unwrap().parse().unwrap();
+    let _ = seen.send(head);
+    let mut server = TcpStream::connect(target).await.unwrap();
+    stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
+    let _ = tokio::io::copy_bidirectional(&mut stream, &mut server).await;
+}
+
+#[tokio::test]
+async fn a_plain_http_server_under_a_base_path_is_asked_there() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let server = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut head = vec![0; 4096];
+        let length = stream.read(&mut head).await.unwrap();
+        let body = r#"{"major":"1","minor":"30","gitVersion":"v1.30.0","gitCommit":"","gitTreeState":"","buildDate":"","goVersion":"","compiler":"","platform":""}"#;
+        let answer = format!(
+            "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        stream.write_all(answer.as_bytes()).await.unwrap();
+        String::from_utf8_lossy(&head[..length]).into_owned()
+    });
+    let kubeconfig = format!(
+        "apiVersion: v1\nkind: Config\ncurrent-context: c\ncontexts: [{{name: c, context: {{cluster: c, user: u}}}}]\n\
+         clusters: [{{name: c, cluster: {{server: 'http://{address}/k8s/clusters/c-1'}}}}]\nusers: [{{name: u, user: {{token: t}}}}]\n"
+    );
+    let _app = TestApp::with(&kubeconfig, &[]).await;
+    let head = server.await.unwrap();
+    assert!(
+        head.starts_with("GET /k8s/clusters/c-1/version HTTP/1.1\r\n"),
+        "{head}"
+    );
+    assert!(
+        head.to_ascii_lowercase().contains("authorization: bearer t"),
+        "{head}"
+    );
+}
+
+#[tokio::test]
+async fn another_context_is_chosen_by_flag() {
+    let (cluster, _workload) = cluster().await;
+    let stranger = cluster
+        .kubeconfig_for(&Identity::Token("unknown".into()))
+        .unwrap();
+    let good = cluster.kubeconfig();
+    // Both say "fake": the good one is renamed and stands beside the current one, which would be refused.
+    let rename = |text: &str| text.replace("fake", "good");
+    let folder = tempfile::tempdir().unwrap();
+    let files: Vec<_> = [("a", stranger), ("b", rename(&good))]
+        .map(|(name, text)| {
+            let path = folder.path().join(name);
+            fs::write(&path, text).unwrap();
+            path.display().to_string()
+        })
+        .into();
+    let refused = program(&["-port=0"])
+        .env("KUBECONFIG", files.join(":"))
+        .output()
+        .unwrap();
+    assert_eq!(refused.status.code(), Some(1), "the current context was not used");
+    let mut command = program(&["-port=0", "--context=good"]);
+    let mut running = Running(
+        command
+            .env("KUBECONFIG", files.join(":"))
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap(),
+    );
+    let _log = Lines::new(running.0.stderr.take().unwrap())
+        .until("listening")
+        .await;
+}

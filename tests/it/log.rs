@@ -1,0 +1,109 @@
+//! What the log says (contract H1, H2).
+
+use std::process::Stdio;
+
+use kube_tunnel::testing::FakeCluster;
+use kube_tunnel::testing::backend::{Protocols, Serve};
+use serde_json::Value;
+
+use crate::client::fetch;
+use crate::program::{Lines, Running, kubeconfig, path, program};
+
+/// Serves one good and one failing request and returns the lines of the log.
+async fn lines(format: &str) -> Vec<String> {
+    let cluster = FakeCluster::start().await.unwrap();
+    let any = Serve::Http(Protocols::Any);
+    let _workload = cluster
+        .workload("shop", "web")
+        .port("http", 80, 8080)
+        .serve(any)
+        .create()
+        .unwrap();
+    let file = kubeconfig(&cluster.kubeconfig());
+    let format = format!("--log-format={format}");
+    let mut command = program(&[
+        "-port=0",
+        "--bind=127.0.0.1",
+        &format,
+        "--kubeconfig",
+        path(&file),
+    ]);
+    let mut running = Running(command.stderr(Stdio::piped()).spawn().unwrap());
+    let log = Lines::new(running.0.stderr.take().unwrap())
+        .until("listening")
+        .await;
+    let address = log.seen.last().unwrap().split("127.0.0.1:").nth(1).unwrap();
+    let port: String = address.chars().take_while(char::is_ascii_digit).collect();
+    let address = std::net::SocketAddr::from(([127, 0, 0, 1], port.parse().unwrap()));
+    fetch(address, "web.shop.svc.cluster.local", "/page?secret=1").await;
+    fetch(address, "nosuch.shop", "/").await;
+    let log = log.until("nosuch").await;
+    running.signal("-TERM");
+    running.wait().await;
+    log.seen
+}
+
+#[tokio::test]
+async fn json_lines_parse_and_an_access_record_tells_the_whole_story() {
+    let lines: Vec<Value> = lines("json")
+        .await
+        .iter()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    for line in &lines {
+        let time = line["timestamp"].as_str().unwrap();
+        assert!(
+            time.parse::<jiff::Timestamp>().is_ok() && time.ends_with('Z'),
+            "{time}"
+        );
+    }
+    let access: Vec<_> = lines.iter().filter(|line| line["message"] == "access").collect();
+    assert_eq!(access.len(), 2, "one record for each request");
+    let good = access[0];
+    for (field, value) in [
+        ("method", "GET"),
+        ("authority", "web.shop.svc.cluster.local"),
+        ("path", "/page"),
+        ("protocol", "HTTP/1.1"),
+        ("upstream_protocol", "HTTP/1.1"),
+        ("service", "web"),
+        ("namespace", "shop"),
+        ("connection", "new"),
+    ] {
+        assert_eq!(good[field], value, "{good}");
+    }
+    assert_eq!((&good["status"], &good["attempts"]), (&200.into(), &1.into()));
+    assert!(good["pod"].as_str().unwrap().starts_with("web-"));
+    assert!(good["duration_ms"].as_f64() >= good["first_byte_ms"].as_f64());
+    assert!(good.get("flag").is_none(), "{good}");
+    let bad = access[1];
+    assert_eq!((&bad["status"], &bad["flag"]), (&404.into(), &"NC".into()));
+    assert!(bad["reason"].as_str().unwrap().contains("not found"));
+}
+
+#[tokio::test]
+async fn text_lines_have_their_fields_in_a_fixed_order_and_no_colour_in_a_pipe() {
+    let lines = lines("text").await;
+    assert!(lines.iter().all(|line| !line.contains('\u{1b}')), "{lines:?}");
+    let line = lines.iter().find(|line| line.contains(" access ")).unwrap();
+    let order = [
+        "method=",
+        "authority=",
+        "path=",
+        "status=",
+        "protocol=",
+        "service=",
+        "pod=",
+        "duration_ms=",
+        "attempts=",
+    ];
+    let places: Vec<_> = order
+        .iter()
+        .map(|field| line.find(&format!(" {field}")).unwrap())
+        .collect();
+    assert!(places.is_sorted(), "{line}");
+    assert!(
+        !line.contains("secret"),
+        "the query does not belong into the log: {line}"
+    );
+}
