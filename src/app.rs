@@ -13,6 +13,7 @@ use crate::drain::{Drain, Drained};
 use crate::k8s::{ChannelForward, Cluster, Discovery};
 use crate::proxy::{Listener, Proxy};
 use crate::registry;
+use crate::tls::{self, CertificateAuthority};
 
 /// What is left when the clients are gone has nothing to finish, only to unwind.
 const BACKGROUND_GRACE: Duration = Duration::from_secs(2);
@@ -47,6 +48,7 @@ impl App {
         let proxy = Proxy::new(
             listener,
             &config.proxy,
+            tls::server_config(authority(config)?)?,
             registry,
             forward,
             clients.clone(),
@@ -84,5 +86,26 @@ impl App {
             Drained::Forced(left) => warn!(connections = left, "cut off at the deadline"),
         }
         background.complete(BACKGROUND_GRACE).await;
+    }
+}
+
+/// Opens the certificate authority of this machine, or makes do with one that lives as long as the program.
+fn authority(config: &Config) -> Result<CertificateAuthority> {
+    let zone = &config.proxy.naming.zone;
+    let Some(state) = &config.state_dir else {
+        warn!("there is no home folder: certificates are signed by an authority that ends with this run");
+        return Ok(CertificateAuthority::ephemeral(zone)?);
+    };
+    let folder = state.join("tls").join(zone.as_str());
+    match CertificateAuthority::open(&folder, zone) {
+        Ok(authority) => {
+            let path = CertificateAuthority::certificate_path(&folder);
+            info!(path = %path.display(), "certificates are signed by this authority; curl trusts it with --cacert");
+            Ok(authority)
+        }
+        Err(error) => {
+            warn!(%error, "certificates are signed by an authority that ends with this run");
+            Ok(CertificateAuthority::ephemeral(zone)?)
+        }
     }
 }

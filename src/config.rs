@@ -53,6 +53,8 @@ pub struct Config {
     pub proxy: proxy::Config,
     /// How long a request waits for the first answer about its Service.
     pub resolve_timeout: Duration,
+    /// Where files live that outlast a run; nothing on a machine without a home folder.
+    pub state_dir: Option<PathBuf>,
     /// How long requests may go on after the word to stop.
     pub drain_timeout: Duration,
     /// Only undo what was changed on this machine, and stop.
@@ -99,12 +101,25 @@ impl Config {
                 idle_timeout,
             },
             resolve_timeout: layers.duration(&s::RESOLVE_TIMEOUT)?,
+            state_dir: layers
+                .text(&s::STATE_DIR)
+                .map(PathBuf::from)
+                .or_else(default_state_dir),
             drain_timeout: layers.duration(&s::DRAIN_TIMEOUT)?,
             cleanup: layers.switch(&s::CLEANUP)?,
             dns_only: layers.switch(&s::DNS_ONLY)?,
             pending: pending(layers),
         })
     }
+}
+
+/// The user's state folder (XDG Base Directory Specification).
+fn default_state_dir() -> Option<PathBuf> {
+    let configured = std::env::var_os("XDG_STATE_HOME")
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute());
+    let state = configured.or_else(|| Some(std::env::home_dir()?.join(".local/state")))?;
+    Some(state.join("kube-tunnel"))
 }
 
 /// `auto` means loopback, and every address in a pod: there the clients are other pods (contract A5).

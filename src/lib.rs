@@ -13,5 +13,6 @@ pub mod registry;
 pub mod telemetry;
 #[cfg(feature = "testing")]
 pub mod testing;
+pub mod tls;
 pub mod traffic;
 pub mod transport;

@@ -2,6 +2,7 @@
 //! Service that their host names.
 
 mod body;
+mod connection;
 pub mod detect;
 mod error;
 mod http;
@@ -15,6 +16,8 @@ mod upstream;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
+
+use rustls::ServerConfig;
 
 use crate::drain::Drain;
 use crate::name::Naming;
@@ -48,6 +51,8 @@ struct Context {
     naming: Naming,
     retry: RetryPolicy,
     header_timeout: Duration,
+    /// The server's side of TLS.
+    tls: Arc<ServerConfig>,
     registry: Registry,
     upstream: upstream::Upstream,
     /// Makes endpoints with equal load take turns.
@@ -70,6 +75,7 @@ impl Proxy {
     pub fn new(
         listener: Listener,
         config: &Config,
+        tls: Arc<ServerConfig>,
         registry: Registry,
         connect: Arc<dyn Connect>,
         clients: Drain,
@@ -79,6 +85,7 @@ impl Proxy {
             naming: config.naming.clone(),
             retry: config.retry,
             header_timeout: config.header_timeout,
+            tls,
             registry,
             upstream: upstream::Upstream::new(connect, config.idle_timeout, pods),
             cursor: Cursor::default(),
@@ -103,7 +110,7 @@ impl Proxy {
         listener
             .run(&clients, move |stream, client| {
                 let context = context.clone();
-                async move { http::serve(context, stream, client).await }
+                async move { connection::serve(context, stream, client).await }
             })
             .await;
     }

@@ -15,6 +15,7 @@ const LEVELS: &[(&str, u8)] = &[
     ("k8s", 2),
     ("proxy", 2),
     ("registry", 1),
+    ("tls", 1),
     ("traffic", 1),
     ("transport", 1),
     ("drain", 0),

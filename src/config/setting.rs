@@ -199,6 +199,14 @@ pub static POLL_INTERVAL: Setting = Setting::new(
     "How often a Service in use is read again where the user may not watch it",
     "A pod that proves gone is looked up at once.",
 );
+/// Where files live that outlast a run.
+pub static STATE_DIR: Setting = Setting::new(
+    "state-dir",
+    Kind::Text("path"),
+    None,
+    "Folder of what outlasts a run, the TLS certificate authority above all",
+    "Without it `$XDG_STATE_HOME/kube-tunnel` or `~/.local/state/kube-tunnel`. The authority's certificate is `tls/ZONE/server.crt` there.",
+);
 /// The log's level.
 pub static LOG_LEVEL: Setting = Setting::new(
     "log-level",
@@ -269,6 +277,7 @@ pub static ALL: &[&Setting] = &[
     &RESOLVE_TIMEOUT,
     &API_TIMEOUT,
     &POLL_INTERVAL,
+    &STATE_DIR,
     &LOG_LEVEL,
     &LOG_FORMAT,
     &NO_DNS,

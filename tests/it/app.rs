@@ -17,7 +17,8 @@ pub(crate) struct TestApp {
     pub(crate) address: SocketAddr,
     stop: Option<oneshot::Sender<()>>,
     running: JoinHandle<()>,
-    _kubeconfig: tempfile::NamedTempFile,
+    /// The kubeconfig and the program's state.
+    pub(crate) folder: tempfile::TempDir,
 }
 
 impl TestApp {
@@ -33,11 +34,16 @@ impl TestApp {
 
     /// Starts with settings.
     pub(crate) async fn with(kubeconfig: &str, flags: &[(&'static Setting, &str)]) -> Self {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), kubeconfig).unwrap();
-        let app = App::bind(&config(file.path().to_str().unwrap(), flags))
-            .await
-            .unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("kubeconfig");
+        std::fs::write(&file, kubeconfig).unwrap();
+        let state = folder.path().to_str().unwrap().to_owned();
+        let flags: Vec<_> = flags
+            .iter()
+            .copied()
+            .chain([(&setting::STATE_DIR, state.as_str())])
+            .collect();
+        let app = App::bind(&config(file.to_str().unwrap(), &flags)).await.unwrap();
         let address = app.addresses()[0];
         let (stop, stopped) = oneshot::channel();
         let running = tokio::spawn(app.run(async move { drop(stopped.await) }));
@@ -45,7 +51,7 @@ impl TestApp {
             address,
             stop: Some(stop),
             running,
-            _kubeconfig: file,
+            folder,
         }
     }
 

@@ -1,0 +1,213 @@
+//! One client connection: tells its protocol, ends TLS, and serves HTTP on it until it ends or the drain has been heeded.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use http::Version;
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsAcceptor;
+use tracing::debug;
+
+use crate::proxy::Context;
+use crate::proxy::detect::{self, Prefixed, Protocol};
+use crate::proxy::http::answer;
+
+/// HTTP/2 towards clients as the seed has it: 1000 streams, 1 MiB frames; windows that keep a bulk upload moving.
+const MAX_STREAMS: u32 = 1000;
+const MAX_FRAME: u32 = 1 << 20;
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 8 << 20;
+
+/// Headers of one request, all together; more is answered with 431.
+const MAX_HEADER_LIST: u32 = 64 << 10;
+
+/// What is known of a client's connection.
+#[derive(Debug)]
+pub(super) struct Downstream {
+    /// Its address.
+    pub(super) client: SocketAddr,
+    /// Whether it speaks TLS.
+    pub(super) security: Security,
+}
+
+/// Whether a connection is protected.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Security {
+    /// Clear text.
+    Cleartext,
+    /// TLS, which ends here.
+    Tls {
+        /// The protocol that was agreed on, if any was.
+        alpn: Option<String>,
+    },
+}
+
+impl Downstream {
+    /// Names the protocol as access records do.
+    pub(super) fn protocol(&self, version: Version) -> &'static str {
+        match (&self.security, version) {
+            (Security::Cleartext, Version::HTTP_2) => "h2c",
+            (Security::Cleartext, Version::HTTP_10) => "HTTP/1.0",
+            (Security::Cleartext, _) => "HTTP/1.1",
+            (Security::Tls { .. }, Version::HTTP_2) => "h2",
+            (Security::Tls { .. }, Version::HTTP_10) => "HTTP/1.0+TLS",
+            (Security::Tls { .. }, _) => "HTTP/1.1+TLS",
+        }
+    }
+
+    /// The port that a request means when it names none.
+    pub(super) fn default_port(&self) -> u16 {
+        match self.security {
+            Security::Cleartext => 80,
+            Security::Tls { .. } => 443,
+        }
+    }
+}
+
+/// Serves one client.
+pub(super) async fn serve(context: Arc<Context>, stream: TcpStream, client: SocketAddr) {
+    let Some((protocol, stream)) = detect(&context, stream, client).await else {
+        return;
+    };
+    match protocol {
+        Protocol::Tls => serve_tls(context, stream, client).await,
+        _ => {
+            serve_http(
+                context,
+                protocol,
+                stream,
+                Downstream {
+                    client,
+                    security: Security::Cleartext,
+                },
+            )
+            .await
+        }
+    }
+}
+
+/// Reads the first bytes. `None`: there is nothing to serve.
+async fn detect<S: AsyncRead + Unpin>(
+    context: &Context,
+    stream: S,
+    client: SocketAddr,
+) -> Option<(Protocol, Prefixed<S>)> {
+    let detected = tokio::select! {
+        detected = detect::read(stream, context.header_timeout) => detected,
+        // A client that has sent nothing yet loses nothing.
+        () = context.clients.started() => return None,
+    };
+    match detected {
+        Ok(Some(detected)) => return Some(detected),
+        Ok(None) => debug!(%client, "closed: no request came"),
+        Err(error) => debug!(%client, %error, "connection lost before its first request"),
+    }
+    None
+}
+
+/// Ends TLS and serves what is inside. A client that agreed on no protocol is told apart by its first bytes once more.
+async fn serve_tls(context: Arc<Context>, stream: Prefixed<TcpStream>, client: SocketAddr) {
+    let accepting = TlsAcceptor::from(context.tls.clone()).accept(stream);
+    let stream = match tokio::time::timeout(context.header_timeout, accepting).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => return debug!(%client, %error, "TLS handshake failed"),
+        Err(_) => return debug!(%client, "closed: the TLS handshake took too long"),
+    };
+    let alpn = stream
+        .get_ref()
+        .1
+        .alpn_protocol()
+        .map(|name| String::from_utf8_lossy(name).into_owned());
+    let agreed = match alpn.as_deref() {
+        Some("h2") => Some(Protocol::Http2),
+        Some(_) => Some(Protocol::Http1),
+        None => None,
+    };
+    let downstream = Downstream {
+        client,
+        security: Security::Tls { alpn },
+    };
+    match agreed {
+        Some(protocol) => serve_http(context, protocol, stream, downstream).await,
+        None => {
+            if let Some((protocol, stream)) = detect(&context, stream, client).await {
+                serve_http(context, protocol, stream, downstream).await;
+            }
+        }
+    }
+}
+
+async fn serve_http<S>(context: Arc<Context>, protocol: Protocol, stream: S, downstream: Downstream)
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let client = downstream.client;
+    let downstream = Arc::new(downstream);
+    let ended = match protocol {
+        Protocol::Http1 => serve_http1(context, stream, downstream).await,
+        Protocol::Http2 => serve_http2(context, stream, downstream).await,
+        protocol => return debug!(%client, ?protocol, "closed: this protocol is not served on this port"),
+    };
+    if let Err(error) = ended {
+        debug!(%client, %error, "client connection ended");
+    }
+}
+
+async fn serve_http1<S>(
+    context: Arc<Context>,
+    stream: S,
+    downstream: Arc<Downstream>,
+) -> Result<(), hyper::Error>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let (clients, timeout) = (context.clients.clone(), context.header_timeout);
+    let service = service_fn(move |request| answer(context.clone(), downstream.clone(), request));
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(timeout)
+        .preserve_header_case(true)
+        .auto_date_header(false)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = std::pin::pin!(connection);
+    tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = clients.started() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    }
+}
+
+async fn serve_http2<S>(
+    context: Arc<Context>,
+    stream: S,
+    downstream: Arc<Downstream>,
+) -> Result<(), hyper::Error>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let clients = context.clients.clone();
+    let service = service_fn(move |request| answer(context.clone(), downstream.clone(), request));
+    let connection = http2::Builder::new(clients.clone())
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_frame_size(MAX_FRAME)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_header_list_size(MAX_HEADER_LIST)
+        .auto_date_header(false)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = std::pin::pin!(connection);
+    tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = clients.started() => {
+            connection.as_mut().graceful_shutdown(); // sends GOAWAY and lets open streams end
+            connection.await
+        }
+    }
+}
