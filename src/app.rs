@@ -83,7 +83,7 @@ impl App {
         stop.await;
         match clients.complete(drain_timeout).await {
             Drained::Gracefully => info!("every request was completed"),
-            Drained::Forced(left) => warn!(connections = left, "cut off at the deadline"),
+            Drained::Forced(left) => warn!(tasks = left, "cut off at the deadline"),
         }
         background.complete(BACKGROUND_GRACE).await;
     }

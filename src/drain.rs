@@ -59,17 +59,6 @@ impl Drain {
         self.started.cancelled()
     }
 
-    /// Resolves when the deadline of the drain has passed. Cancel-safe.
-    pub fn forced(&self) -> WaitForCancellationFuture<'_> {
-        self.forced.cancelled()
-    }
-
-    /// Reports whether draining has begun.
-    #[must_use]
-    pub fn is_started(&self) -> bool {
-        self.started.is_cancelled()
-    }
-
     /// Starts the drain and waits until every task has ended, by force after `deadline`.
     ///
     /// Dropping the future leaves the drain started; calling it again waits again.

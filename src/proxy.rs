@@ -8,6 +8,7 @@ mod error;
 mod http;
 mod listener;
 mod own;
+mod replay;
 mod reply;
 mod retry;
 mod route;

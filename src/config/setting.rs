@@ -171,9 +171,9 @@ pub static DRAIN_TIMEOUT: Setting = Setting::new(
 pub static HEADER_TIMEOUT: Setting = Setting::new(
     "header-timeout",
     Kind::Duration,
-    Some("30s"),
-    "How long a client may take to send the headers of a request, and to begin its first one",
-    "Long enough for a slow link, short enough that silent clients do not pile up. Bodies have no limit.",
+    Some("60s"),
+    "How long a client may take to send the headers of a request, or leave an HTTP/1.1 connection without one",
+    "Long enough for a slow link and a thinking user, short enough that silent clients do not pile up. Bodies have no limit.",
 );
 /// How long a request waits for a lookup.
 pub static RESOLVE_TIMEOUT: Setting = Setting::new(

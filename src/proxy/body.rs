@@ -11,73 +11,10 @@ use hyper::body::Incoming;
 
 use crate::proxy::upstream::Lease;
 use crate::registry::InFlight;
-use crate::traffic::{AccessRecord, ByteCount, Outcome};
+use crate::traffic::{AccessRecord, Outcome};
 
 /// The error of a body, whatever its source.
 pub(crate) type BoxError = Box<dyn StdError + Send + Sync>;
-
-/// The body of a request on its way to a pod.
-#[derive(Debug)]
-pub(crate) struct RequestBody {
-    /// The client's body; nothing when the request has none.
-    inner: Option<Incoming>,
-    count: ByteCount,
-}
-
-impl RequestBody {
-    /// Takes the client's body; its bytes are added to `count`.
-    #[must_use]
-    pub(crate) fn new(inner: Incoming, count: ByteCount) -> Self {
-        Self {
-            inner: Some(inner).filter(|body| !body.is_end_stream()),
-            count,
-        }
-    }
-
-    /// Makes the body of a request that has none.
-    #[must_use]
-    pub(crate) fn empty() -> Self {
-        Self {
-            inner: None,
-            count: ByteCount::default(),
-        }
-    }
-
-    /// Reports whether there is nothing to send, so that the request can be sent again.
-    #[must_use]
-    pub(crate) fn is_empty(&self) -> bool {
-        self.inner.is_none()
-    }
-}
-
-impl Body for RequestBody {
-    type Data = Bytes;
-    type Error = hyper::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let Some(inner) = self.inner.as_mut() else {
-            return Poll::Ready(None);
-        };
-        let frame = ready!(Pin::new(inner).poll_frame(cx));
-        if let Some(Ok(data)) = frame.as_ref().map(|frame| frame.as_ref().map(Frame::data_ref)) {
-            self.count.add(data.map_or(0, Bytes::len));
-        }
-        Poll::Ready(frame)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.inner.as_ref().is_none_or(Body::is_end_stream)
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.inner
-            .as_ref()
-            .map_or_else(|| SizeHint::with_exact(0), Body::size_hint)
-    }
-}
 
 /// The body of a response on its way to the client. It owns the access record, which is emitted when the body is dropped.
 #[derive(Debug)]
@@ -102,11 +39,16 @@ enum Source {
 impl ResponseBody {
     /// Passes on a pod's body.
     #[must_use]
-    pub(crate) fn upstream(body: Incoming, lease: Lease, in_flight: InFlight, record: AccessRecord) -> Self {
+    pub(crate) fn upstream(
+        body: Incoming,
+        lease: Option<Lease>,
+        in_flight: InFlight,
+        record: AccessRecord,
+    ) -> Self {
         let mut this = Self {
             source: Source::Upstream {
                 body,
-                lease: Some(lease),
+                lease,
                 _in_flight: in_flight,
             },
             record,

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::Version;
 use hyper::server::conn::{http1, http2};
@@ -10,7 +11,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
-use tracing::debug;
+use tracing::{debug, info};
 
 use crate::proxy::Context;
 use crate::proxy::detect::{self, Prefixed, Protocol};
@@ -22,8 +23,13 @@ const MAX_FRAME: u32 = 1 << 20;
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 8 << 20;
 
-/// Headers of one request, all together; more is answered with 431.
-const MAX_HEADER_LIST: u32 = 64 << 10;
+/// Headers of one request, all together and in number; more is answered with 431.
+const MAX_HEADER_BYTES: usize = 64 << 10;
+const MAX_FIELDS: usize = 256;
+
+/// An HTTP/2 client that says nothing for so long is asked whether it is still there, and given up if it does not answer.
+const PING_AFTER: Duration = Duration::from_mins(1);
+const PING_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What is known of a client's connection.
 #[derive(Debug)]
@@ -97,6 +103,7 @@ async fn detect<S: AsyncRead + Unpin>(
     client: SocketAddr,
 ) -> Option<(Protocol, Prefixed<S>)> {
     let detected = tokio::select! {
+        biased;
         detected = detect::read(stream, context.header_timeout) => detected,
         // A client that has sent nothing yet loses nothing.
         () = context.clients.started() => return None,
@@ -150,7 +157,7 @@ where
     let ended = match protocol {
         Protocol::Http1 => serve_http1(context, stream, downstream).await,
         Protocol::Http2 => serve_http2(context, stream, downstream).await,
-        protocol => return debug!(%client, ?protocol, "closed: this protocol is not served on this port"),
+        protocol => return info!(%client, ?protocol, "closed: this protocol is not served on this port"),
     };
     if let Err(error) = ended {
         debug!(%client, %error, "client connection ended");
@@ -170,11 +177,14 @@ where
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(timeout)
+        .max_header_size(MAX_HEADER_BYTES)
+        .max_headers(MAX_FIELDS)
         .preserve_header_case(true)
         .auto_date_header(false)
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
     tokio::select! {
+        biased; // a request that has arrived is answered, also at the moment of draining
         ended = connection.as_mut() => ended,
         () = clients.started() => {
             connection.as_mut().graceful_shutdown();
@@ -199,11 +209,14 @@ where
         .max_frame_size(MAX_FRAME)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_header_list_size(MAX_HEADER_LIST)
+        .max_header_list_size(u32::try_from(MAX_HEADER_BYTES).expect("a small constant"))
+        .keep_alive_interval(PING_AFTER)
+        .keep_alive_timeout(PING_TIMEOUT)
         .auto_date_header(false)
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
     tokio::select! {
+        biased; // a request that has arrived is answered, also at the moment of draining
         ended = connection.as_mut() => ended,
         () = clients.started() => {
             connection.as_mut().graceful_shutdown(); // sends GOAWAY and lets open streams end

@@ -14,8 +14,8 @@ pub enum Error {
     /// The host or port cannot be read.
     #[error("invalid host: {0}")]
     BadHost(#[from] NameError),
-    /// The request has no host, or several, or one that is not text.
-    #[error("invalid host: {0}")]
+    /// The request cannot be understood, or asks for what no proxy may do.
+    #[error("bad request: {0}")]
     BadRequest(&'static str),
     /// The host is well-formed, but no name of the cluster.
     #[error(
@@ -65,6 +65,12 @@ pub enum Error {
     /// The connection broke before a response came.
     #[error("connection to {0} was closed before it answered ({1})")]
     Reset(Target, String),
+    /// The pod said that it did not process the request (RFC 9113 section 8.7).
+    #[error("{0} did not take the request ({1})")]
+    NotProcessed(Target, String),
+    /// What the pod sent is not the protocol that was spoken to it.
+    #[error("{0} does not answer in {1} ({2}); check the Service's appProtocol and the port")]
+    Protocol(Target, &'static str, String),
     /// The client went away while it was still sending.
     #[error("the client stopped sending before the request was complete")]
     ClientGone,
@@ -89,6 +95,7 @@ mod grpc {
     pub(super) const NOT_FOUND: u8 = 5;
     pub(super) const PERMISSION_DENIED: u8 = 7;
     pub(super) const UNIMPLEMENTED: u8 = 12;
+    pub(super) const INTERNAL: u8 = 13;
     pub(super) const UNAVAILABLE: u8 = 14;
     pub(super) const UNAUTHENTICATED: u8 = 16;
 }
@@ -118,6 +125,8 @@ impl Error {
                 ConnectError::Timeout(..) => (504, grpc::DEADLINE_EXCEEDED, "UF"),
             },
             Self::Refused(..) => (502, grpc::UNAVAILABLE, "UF"),
+            Self::NotProcessed(..) => (503, grpc::UNAVAILABLE, "UR"),
+            Self::Protocol(..) => (502, grpc::INTERNAL, "UPE"),
             Self::Reset(..) => (502, grpc::UNAVAILABLE, "UC"),
             Self::ClientGone => (400, grpc::CANCELLED, "DC"),
         };
@@ -133,7 +142,7 @@ impl Error {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Refused(..) | Self::Reset(..) => true,
+            Self::Refused(..) | Self::NotProcessed(..) | Self::Reset(..) => true,
             Self::Connect(_, error) => {
                 matches!(
                     error,
@@ -147,7 +156,10 @@ impl Error {
     /// Says whether no byte of the request can have reached the application, so that even an unsafe one may be sent again.
     #[must_use]
     pub fn is_before_send(&self) -> bool {
-        matches!(self, Self::Connect(..) | Self::Refused(..))
+        matches!(
+            self,
+            Self::Connect(..) | Self::Refused(..) | Self::NotProcessed(..)
+        )
     }
 }
 

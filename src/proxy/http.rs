@@ -6,7 +6,7 @@ mod headers;
 use std::convert::Infallible;
 use std::sync::Arc;
 
-use http::{Request, Response};
+use http::{Request, Response, Version};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
@@ -84,12 +84,12 @@ async fn dispatch(
 /// Passes a pod's response on to the client.
 fn pass_on(answer: Answer, in_flight: InFlight, mut record: AccessRecord) -> Response<ResponseBody> {
     let (mut parts, body) = answer.response.into_parts();
+    // A proxy speaks its own version (RFC 9110 section 2.5), and an HTTP/1.0 connection is not kept.
+    let lease = Some(answer.lease).filter(|_| parts.version != Version::HTTP_10);
+    parts.version = Version::HTTP_11;
     headers::strip_hop_by_hop(&mut parts.headers);
     record.status = Some(parts.status);
     record.grpc_status = grpc_status(&parts.headers);
     record.first_byte = Some(Instant::now());
-    Response::from_parts(
-        parts,
-        ResponseBody::upstream(body, answer.lease, in_flight, record),
-    )
+    Response::from_parts(parts, ResponseBody::upstream(body, lease, in_flight, record))
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream};
 use tracing::warn;
 
@@ -16,6 +17,10 @@ use crate::drain::Drain;
 
 /// The pause after a failed accept: long enough that a lack of file descriptors does not become a busy loop.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// When a silent client is first asked whether it is still there, and how often from then on.
+const KEEP_ALIVE: Duration = Duration::from_mins(1);
+const PROBE: Duration = Duration::from_secs(15);
 
 /// How often another free port is tried when port 0 is asked for on several addresses.
 const FREE_PORT_TRIES: u32 = 16;
@@ -99,7 +104,7 @@ pub enum BindError {
     Forbidden(SocketAddr),
     /// Anything else.
     #[error("cannot listen on {0}: {1}")]
-    Other(SocketAddr, #[source] io::Error),
+    Other(SocketAddr, io::Error),
 }
 
 /// Bound sockets, all on one port.
@@ -180,6 +185,9 @@ where
             Ok((stream, client)) => {
                 // Small frames of HTTP/2 and gRPC must not wait for Nagle's algorithm; a refusal changes nothing else.
                 let _ = stream.set_nodelay(true);
+                // A client that vanished must not hold a stream for ever.
+                let probes = TcpKeepalive::new().with_time(KEEP_ALIVE).with_interval(PROBE);
+                let _ = SockRef::from(&stream).set_tcp_keepalive(&probes);
                 drain.spawn(serve(stream, client));
             }
             Err(error) => {

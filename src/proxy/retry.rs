@@ -19,11 +19,12 @@ pub struct RetryPolicy {
 }
 
 impl RetryPolicy {
-    /// Decides whether a request may be sent again after `error`. `replayable`: its whole body can be sent once more.
+    /// Decides whether a request may be sent again after `error`. `untouched`: no byte of it was written. `replayable`: its
+    /// whole body can be sent once more.
     #[must_use]
-    pub fn permits(&self, method: &Method, error: &Error, replayable: bool) -> bool {
+    pub fn permits(&self, method: &Method, error: &Error, untouched: bool, replayable: bool) -> bool {
         // Idempotent methods: RFC 9110 section 9.2.2. Others only if no byte of them reached the application.
-        let harmless = method.is_idempotent() || error.is_before_send();
+        let harmless = method.is_idempotent() || untouched || error.is_before_send();
         self.max_retries > 0 && replayable && harmless && error.is_retryable()
     }
 
@@ -74,11 +75,18 @@ mod tests {
     fn an_unsafe_request_is_sent_again_only_if_nothing_arrived() {
         let refused = Error::Refused(target(), "refused".into());
         let reset = Error::Reset(target(), "reset".into());
-        assert!(POLICY.permits(&Method::GET, &reset, true));
-        assert!(POLICY.permits(&Method::POST, &refused, true));
-        assert!(!POLICY.permits(&Method::POST, &reset, true));
-        assert!(!POLICY.permits(&Method::GET, &reset, false), "its body is gone");
-        assert!(!POLICY.permits(&Method::GET, &Error::ClientGone, true));
+        assert!(POLICY.permits(&Method::GET, &reset, false, true));
+        assert!(POLICY.permits(&Method::POST, &refused, false, true));
+        assert!(!POLICY.permits(&Method::POST, &reset, false, true));
+        assert!(
+            POLICY.permits(&Method::POST, &reset, true, true),
+            "no byte of it was written"
+        );
+        assert!(
+            !POLICY.permits(&Method::GET, &reset, false, false),
+            "its body is gone"
+        );
+        assert!(!POLICY.permits(&Method::GET, &Error::ClientGone, false, true));
     }
 
     #[test]
@@ -87,7 +95,12 @@ mod tests {
             max_retries: 0,
             ..POLICY
         };
-        assert!(!off.permits(&Method::GET, &Error::Refused(target(), "refused".into()), true));
+        assert!(!off.permits(
+            &Method::GET,
+            &Error::Refused(target(), "refused".into()),
+            false,
+            true
+        ));
     }
 
     proptest! {

@@ -6,8 +6,10 @@
 mod cause;
 mod http1;
 mod http2;
+mod lease;
 
 use std::collections::HashMap;
+use std::error::Error as _;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -19,12 +21,17 @@ use tokio::time::Instant;
 use tracing::debug;
 
 use crate::drain::Drain;
-use crate::proxy::body::RequestBody;
 use crate::proxy::error::Error;
+use crate::proxy::replay::RequestBody;
 use crate::proxy::upstream::cause::Cause;
 use crate::transport::{Connect, ConnectError, Target, io_cause};
 
-pub(crate) use http1::Lease;
+pub(crate) use lease::Lease;
+
+/// How many fields a pod's response may have over HTTP/1.1, and how many bytes they may take over HTTP/2: ample for gRPC's
+/// error details and the cookies of large applications, and bounded.
+const MAX_FIELDS: usize = 256;
+const MAX_HEADER_LIST: u32 = 256 << 10;
 
 /// The protocol spoken to a pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -62,11 +69,20 @@ pub(crate) struct Answer {
 pub(crate) struct Failure {
     /// Why.
     pub(crate) error: Error,
-    /// The request, untouched, if no byte of it was written.
-    pub(crate) unsent: Option<Request<RequestBody>>,
-    /// Whether it went to a connection that had been idle: that one may have died meanwhile, which says nothing about the
-    /// endpoint.
+    /// Whether no byte of the request was written.
+    pub(crate) untouched: bool,
+    /// Whether it went to a connection that had been used before: that one may have died meanwhile, which says nothing about
+    /// the endpoint.
     pub(crate) reused: bool,
+}
+
+/// Whether a request may go over a connection that was idle.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fresh {
+    /// It may.
+    No,
+    /// It may not: the idle connections are under suspicion and are closed.
+    Yes,
 }
 
 /// What the pools share.
@@ -118,49 +134,46 @@ impl Upstream {
     /// HTTP/1.1 that closes its connection.
     ///
     /// # Errors
-    /// A [`Failure`], which has the request back if none of it was sent.
+    /// A [`Failure`].
     pub(crate) async fn send(
         &self,
         target: &Target,
         wire: Wire,
+        fresh: Fresh,
         request: Request<RequestBody>,
     ) -> Result<Answer, Failure> {
-        let unconnected = |error: ConnectError| Error::Connect(target.clone(), error);
-        let unopened = |(error, request)| Failure {
-            error: unconnected(error),
-            unsent: Some(request),
-            reused: false,
+        let unopened = |error: ConnectError| {
+            let error = Error::Connect(target.clone(), error);
+            Failure {
+                error,
+                untouched: true,
+                reused: false,
+            }
         };
         match self.pool(target, wire) {
             Pool::Http1(pool) => {
-                let (mut connection, reused) = match pool.checkout(&self.shared).await {
-                    Ok(found) => found,
-                    Err(error) => return Err(unopened((error, request))),
-                };
+                let (mut connection, reused) = pool.checkout(&self.shared, fresh).await.map_err(unopened)?;
                 match connection.sender.try_send_request(request).await {
                     Ok(response) => {
-                        let lease = Lease::new(pool, connection, self.shared.drain.clone());
+                        let lease = Lease::http1(pool, connection, self.shared.drain.clone());
                         Ok(Answer {
                             response,
                             lease,
                             reused,
                         })
                     }
-                    Err(error) => Err(failure(target, error, &connection.cause, reused)),
+                    Err(error) => Err(failure(target, wire, error, &connection.cause, reused)),
                 }
             }
             Pool::H2c(pool) => {
-                let (mut connection, reused) = match pool.checkout(&self.shared).await {
-                    Ok(found) => found,
-                    Err(error) => return Err(unopened((error, request))),
-                };
-                match connection.sender.try_send_request(request).await {
+                let (mut stream, reused) = pool.checkout(&self.shared, fresh).await.map_err(unopened)?;
+                match stream.sender.try_send_request(request).await {
                     Ok(response) => Ok(Answer {
                         response,
-                        lease: Lease::none(),
+                        lease: Lease::http2(stream.slot),
                         reused,
                     }),
-                    Err(error) => Err(failure(target, error, &connection.cause, reused)),
+                    Err(error) => Err(failure(target, wire, error, &stream.cause, reused)),
                 }
             }
         }
@@ -205,27 +218,51 @@ async fn sweep(pools: &Mutex<HashMap<(Target, Wire), Pool>>, idle_timeout: Durat
 /// Words the failure of a request that a connection was found for.
 fn failure(
     target: &Target,
+    wire: Wire,
     mut error: TrySendError<Request<RequestBody>>,
     cause: &Cause,
     reused: bool,
 ) -> Failure {
-    let unsent = error.take_message();
-    let error = error.into_error();
-    let target = target.clone();
+    let untouched = error.take_message().is_some();
+    let error = classify(target.clone(), wire, &error.into_error(), cause, reused);
+    Failure {
+        error,
+        untouched,
+        reused,
+    }
+}
+
+fn classify(target: Target, wire: Wire, error: &hyper::Error, cause: &Cause, reused: bool) -> Error {
+    let source = error.source();
+    if error.is_user() && source.is_some_and(|source| source.is::<hyper::Error>()) {
+        return Error::ClientGone; // the request's body is the client's, and its errors are too
+    }
+    if error.is_parse() || error.is_parse_too_large() {
+        return Error::Protocol(target, wire.as_str(), error.to_string());
+    }
+    if let Some(http2) = source.and_then(|source| source.downcast_ref::<h2::Error>()) {
+        let remote_goaway = http2.is_go_away() && http2.is_remote();
+        match http2.reason() {
+            // A stream above the last one of a GOAWAY was not processed, and no other is failed by it.
+            _ if remote_goaway => return Error::NotProcessed(target, http2.to_string()),
+            Some(h2::Reason::REFUSED_STREAM) => return Error::NotProcessed(target, http2.to_string()),
+            Some(h2::Reason::HTTP_1_1_REQUIRED) => {
+                return Error::Protocol(target, wire.as_str(), http2.to_string());
+            }
+            Some(_) if http2.is_library() => {
+                return Error::Protocol(target, wire.as_str(), http2.to_string());
+            }
+            _ => {}
+        }
+    }
     let noted = cause.get();
-    let error = match io_cause(&error).or(noted.as_ref()) {
-        Some(io) if io.kind() == std::io::ErrorKind::ConnectionRefused => {
+    match io_cause(error).or(noted.as_ref()) {
+        // The port can only have refused a connection that never carried anything.
+        Some(io) if io.kind() == std::io::ErrorKind::ConnectionRefused && !reused => {
             Error::Refused(target, io.to_string())
         }
         Some(io) => Error::Reset(target, io.to_string()),
-        // The only user here is the request's body, which comes from the client.
-        None if error.is_user() => Error::ClientGone,
         None => Error::Reset(target, error.to_string()),
-    };
-    Failure {
-        error,
-        unsent,
-        reused,
     }
 }
 

@@ -4,20 +4,24 @@ use std::sync::Arc;
 
 use http::request::Parts;
 use http::{Method, Request};
+use http_body::Body;
 use hyper::body::Incoming;
 use tracing::debug;
 
 use crate::name::ServiceName;
 use crate::proxy::Context;
-use crate::proxy::body::RequestBody;
 use crate::proxy::error::Error;
 use crate::proxy::http::headers;
+use crate::proxy::replay::{Replay, RequestBody};
 use crate::proxy::reply;
 use crate::proxy::route::{Hint, Route, route};
-use crate::proxy::upstream::{Answer, Failure, Wire};
+use crate::proxy::upstream::{Answer, Failure, Fresh, Wire};
 use crate::registry::{self, InFlight, PodRef};
 use crate::traffic::AccessRecord;
 use crate::transport::{ConnectError, Target};
+
+/// How many idle connections may prove dead before that counts as a failure of the endpoint.
+const STALE_CONNECTIONS: u32 = 8;
 
 /// Where a request is to go, as its host says.
 pub(super) struct Destination {
@@ -28,7 +32,8 @@ pub(super) struct Destination {
 
 /// Sends the request to one endpoint after the other until one answers or nothing is left to try.
 ///
-/// An endpoint that has not failed yet is tried at once; when all have, the policy's pause comes before the next round.
+/// An endpoint that has not failed yet is tried at once; when all have, the policy's pause comes before the next round. A
+/// request that may have arrived somewhere is sent again `max_retries` times at most, however many endpoints there are.
 pub(super) async fn exchange(
     context: &Context,
     destination: &Destination,
@@ -36,9 +41,10 @@ pub(super) async fn exchange(
     record: &mut AccessRecord,
 ) -> Result<(Answer, InFlight), Error> {
     let grpc = reply::is_grpc(request.headers());
-    let mut pending = Pending::new(request, record);
+    let pending = Pending::new(request, record);
     let mut failed: Vec<PodRef> = Vec::new();
-    let mut pauses = 0;
+    let (mut pauses, mut resent, mut stale) = (0, 0, 0);
+    let mut fresh = Fresh::No;
     loop {
         let Route { mut candidates, hint } = locate(context, destination).await?;
         if candidates
@@ -67,26 +73,40 @@ pub(super) async fn exchange(
         let request = pending.request(wire, &record.authority);
         let Failure {
             error,
-            unsent,
+            untouched,
             reused,
-        } = match context.upstream.send(&target, wire, request).await {
+        } = match context.upstream.send(&target, wire, fresh, request).await {
             Ok(answer) => {
                 record.reused = Some(answer.reused);
+                pending.give_up();
                 return Ok((answer, in_flight));
             }
             Err(failure) => failure,
         };
         record.reused = Some(reused);
-        let untouched = unsent.is_some();
-        let replayable = pending.recover(unsent);
-        let permitted = context.retry.permits(pending.method(), &error, replayable);
-        debug!(%target, %error, attempt = record.attempts, reused, untouched, replayable, "attempt failed");
-        if reused && (untouched || permitted) {
-            // An idle connection had died meanwhile. That says nothing about the endpoint, and costs no pause.
+        let replayable = pending.recover().await;
+        let permitted = context
+            .retry
+            .permits(pending.method(), &error, untouched, replayable);
+        debug!(%target, %error, attempt = record.attempts, reused, untouched, replayable, permitted, "attempt failed");
+        if reused && replayable && untouched && stale < STALE_CONNECTIONS {
+            // An idle connection had died. That says nothing about the endpoint, and the request never left.
+            stale += 1;
             continue;
         }
         if !permitted {
             return Err(error);
+        }
+        if !untouched && !error.is_before_send() {
+            if resent == context.retry.max_retries {
+                return Err(error);
+            }
+            resent += 1;
+            if reused && fresh == Fresh::No {
+                // The connection may have died while it was idle, so the endpoint gets one more chance on a new one.
+                fresh = Fresh::Yes;
+                continue;
+            }
         }
         if matches!(error, Error::Connect(_, ConnectError::PodGone(_))) {
             context.registry.recheck(&destination.service);
@@ -120,56 +140,47 @@ async fn locate(context: &Context, destination: &Destination) -> Result<Route, E
 struct Pending {
     /// Its head, without hop-by-hop fields.
     head: Parts,
-    body: Left,
-}
-
-/// What is left of a request's body.
-enum Left {
-    /// There never was any, so the request can be sent as often as needed.
-    Bodiless,
-    /// All of it.
-    Whole(RequestBody),
-    /// It has been given out, and some of it may be gone.
-    Gone,
+    /// Its body, if it has one.
+    body: Option<Replay>,
 }
 
 impl Pending {
     fn new(request: Request<Incoming>, record: &AccessRecord) -> Self {
         let (mut head, body) = request.into_parts();
         headers::strip_hop_by_hop(&mut head.headers);
-        let body = RequestBody::new(body, record.received.clone());
-        let body = if body.is_empty() {
-            Left::Bodiless
-        } else {
-            Left::Whole(body)
-        };
-        Self { head, body }
+        let body = Some(body).filter(|body| !body.is_end_stream());
+        Self {
+            head,
+            body: body.map(|body| Replay::new(body, record.received.clone())),
+        }
     }
 
     fn method(&self) -> &Method {
         &self.head.method
     }
 
-    /// Makes the request for the next attempt. To be called only while the body is not gone.
-    fn request(&mut self, wire: Wire, authority: &str) -> Request<RequestBody> {
+    /// Makes the request for the next attempt; after the first only where [`recover`](Self::recover) allowed it.
+    fn request(&self, wire: Wire, authority: &str) -> Request<RequestBody> {
         let mut head = self.head.clone();
-        headers::prepare(&mut head, wire, authority);
-        let body = match std::mem::replace(&mut self.body, Left::Gone) {
-            Left::Whole(body) => body,
-            Left::Bodiless => {
-                self.body = Left::Bodiless;
-                RequestBody::empty()
-            }
-            Left::Gone => unreachable!("a request is sent again only while its body can be"),
-        };
-        Request::from_parts(head, body)
+        headers::prepare(&mut head, wire, authority, self.body.is_some());
+        Request::from_parts(
+            head,
+            self.body.as_ref().map_or_else(RequestBody::empty, Replay::body),
+        )
     }
 
-    /// Takes back what was not sent. Returns whether the request can be sent again.
-    fn recover(&mut self, unsent: Option<Request<RequestBody>>) -> bool {
-        if let (Left::Gone, Some(request)) = (&self.body, unsent) {
-            self.body = Left::Whole(request.into_body());
+    /// Returns whether the request can be sent again as a whole.
+    async fn recover(&self) -> bool {
+        match &self.body {
+            Some(body) => body.recover().await,
+            None => true,
         }
-        !matches!(self.body, Left::Gone)
+    }
+
+    /// Ends the keeping of what was sent: the answer is there.
+    fn give_up(&self) {
+        if let Some(body) = &self.body {
+            body.give_up();
+        }
     }
 }

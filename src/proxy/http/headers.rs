@@ -2,8 +2,8 @@
 //! Everything else passes untouched.
 
 use http::header::{
-    CONNECTION, COOKIE, Entry, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRAILER, TRANSFER_ENCODING,
-    UPGRADE,
+    CONNECTION, CONTENT_LENGTH, COOKIE, Entry, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRAILER,
+    TRANSFER_ENCODING, UPGRADE,
 };
 use http::request::Parts;
 use http::uri::{PathAndQuery, Scheme, Uri};
@@ -26,26 +26,34 @@ pub(super) fn authority<B>(request: &Request<B>) -> Result<String, Error> {
     if request.method() == Method::CONNECT {
         return Err(Error::BadRequest("CONNECT is not served on this port"));
     }
-    if let Some(authority) = request.uri().authority() {
-        return Ok(authority.as_str().to_owned());
-    }
     let mut hosts = request.headers().get_all(HOST).iter();
-    match (hosts.next(), hosts.next()) {
-        (Some(_), Some(_)) => Err(Error::BadRequest("the request has more than one Host field")),
-        (Some(host), None) => {
-            let text = host
-                .to_str()
-                .map_err(|_| Error::BadRequest("the Host field is not text"))?;
-            Ok(text.trim().to_owned())
-        }
-        (None, _) if request.version() == Version::HTTP_10 => Ok(String::new()),
-        (None, _) => Err(Error::BadRequest("the request has no Host field")),
+    let host = hosts.next();
+    if hosts.next().is_some() {
+        return Err(Error::BadRequest("there is more than one Host field"));
     }
+    let authority = match (request.uri().authority(), host) {
+        (Some(authority), _) => authority.as_str(),
+        (None, Some(host)) => host
+            .to_str()
+            .map_err(|_| Error::BadRequest("the Host field is not text"))?
+            .trim(),
+        (None, None) if request.version() == Version::HTTP_10 => "",
+        (None, None) => return Err(Error::BadRequest("there is no Host field")),
+    };
+    if authority.contains('@') {
+        // It may hold a password, which must reach neither log nor pod (RFC 9110 section 4.2.4).
+        return Err(Error::BadRequest("the target may not name a user"));
+    }
+    Ok(authority.to_owned())
 }
 
 /// Removes the fields that are about one connection only. `TE: trailers` stays: gRPC needs it, and it is the one value that
 /// HTTP/2 allows (RFC 9113 section 8.2.2).
 pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    if headers.contains_key(TRANSFER_ENCODING) {
+        // The length of the body is what the coding says, never the other field (RFC 9112 section 6.3).
+        headers.remove(CONTENT_LENGTH);
+    }
     let listed: Vec<HeaderName> = headers
         .get_all(CONNECTION)
         .iter()
@@ -57,10 +65,11 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
             !matches!(*name, HOST | TE | TRAILER) && !name.as_str().starts_with("content-")
         })
         .collect();
-    for name in HOP_BY_HOP.iter().chain(&listed) {
-        headers.remove(name);
+    let goes = |name: &HeaderName| HOP_BY_HOP.contains(name) || listed.contains(name);
+    if headers.keys().any(goes) {
+        keep(headers, |name| !goes(name));
     }
-    if let Entry::Occupied(entry) = headers.entry(TE) {
+    if let Entry::Occupied(mut entry) = headers.entry(TE) {
         let trailers = entry.iter().any(|value| {
             value.to_str().is_ok_and(|value| {
                 value
@@ -68,17 +77,35 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
                     .any(|part| part.trim().eq_ignore_ascii_case("trailers"))
             })
         });
-        entry.remove_entry_mult();
         if trailers {
-            headers.insert(TE, HeaderValue::from_static("trailers"));
+            entry.insert(HeaderValue::from_static("trailers"));
+        } else {
+            entry.remove_entry_mult();
         }
     }
 }
 
-/// Gives the request's head the form that `wire` wants.
-pub(super) fn prepare(parts: &mut Parts, wire: Wire, authority: &str) {
+/// Removes fields without changing the order of the others, as `HeaderMap::remove` would.
+fn keep(headers: &mut HeaderMap, wanted: impl Fn(&HeaderName) -> bool) {
+    let mut kept = HeaderMap::with_capacity(headers.len());
+    let mut current = None;
+    for (name, value) in std::mem::take(headers) {
+        // A repeated field has its name with the first value only.
+        current = name.or(current);
+        if let Some(name) = current.as_ref().filter(|name| wanted(name)) {
+            kept.append(name, value);
+        }
+    }
+    *headers = kept;
+}
+
+/// Gives the request's head the form that `wire` wants. `body`: whether one follows.
+pub(super) fn prepare(parts: &mut Parts, wire: Wire, authority: &str, body: bool) {
     match wire {
         Wire::Http1 => {
+            if parts.version == Version::HTTP_2 {
+                join_cookies(&mut parts.headers);
+            }
             parts.version = Version::HTTP_11;
             parts.uri = origin_form(&parts.uri);
             if let Ok(host) = HeaderValue::from_str(authority) {
@@ -88,7 +115,12 @@ pub(super) fn prepare(parts: &mut Parts, wire: Wire, authority: &str) {
                 // RFC 9110 section 10.1.4: a sender of TE must also name it in Connection.
                 parts.headers.insert(CONNECTION, HeaderValue::from_static("te"));
             }
-            join_cookies(&mut parts.headers);
+            if body && !parts.headers.contains_key(CONTENT_LENGTH) {
+                // Without it hyper sends no body with the methods that rarely have one, such as GET.
+                parts
+                    .headers
+                    .insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+            }
         }
         Wire::H2c => {
             parts.version = Version::HTTP_2;
@@ -167,12 +199,48 @@ mod tests {
     }
 
     #[test]
+    fn a_target_with_a_user_is_refused_and_not_repeated() {
+        let error = authority(&request("http://user:secret@a.b/x", Version::HTTP_11, &[])).unwrap_err();
+        assert!(!error.to_string().contains("secret"), "{error}");
+    }
+
+    #[test]
+    fn the_order_of_what_stays_is_kept() {
+        let mut map = headers(&[
+            ("connection", "close"),
+            ("a", "1"),
+            ("b", "2"),
+            ("a", "3"),
+            ("c", "4"),
+        ]);
+        strip_hop_by_hop(&mut map);
+        let left: Vec<_> = map
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.to_str().unwrap()))
+            .collect();
+        assert_eq!(left, [("a", "1"), ("a", "3"), ("b", "2"), ("c", "4")]);
+    }
+
+    #[test]
+    fn a_transfer_coding_wins_over_a_length() {
+        let mut map = headers(&[("transfer-encoding", "chunked"), ("content-length", "3")]);
+        strip_hop_by_hop(&mut map);
+        assert!(map.is_empty(), "{map:?}");
+    }
+
+    #[test]
+    fn a_body_of_unknown_length_is_chunked_whatever_the_method() {
+        let mut parts = request("/_search", Version::HTTP_11, &["a.b"]).into_parts().0;
+        prepare(&mut parts, Wire::Http1, "a.b", true);
+        assert_eq!(parts.headers["transfer-encoding"], "chunked");
+    }
+
+    #[test]
     fn hop_by_hop_fields_go_and_the_rest_stays() {
         let mut map = headers(&[
             ("connection", "close, x-hop, Content-Length"),
             ("x-hop", "1"),
             ("keep-alive", "timeout=5"),
-            ("transfer-encoding", "chunked"),
             ("upgrade", "websocket"),
             ("te", "gzip, trailers"),
             ("trailer", "x-sum"),
@@ -194,7 +262,7 @@ mod tests {
             .into_parts()
             .0;
         parts.headers = headers(&[("cookie", "a=1"), ("cookie", "b=2"), ("te", "trailers")]);
-        prepare(&mut parts, Wire::Http1, "a.b:81");
+        prepare(&mut parts, Wire::Http1, "a.b:81", false);
         assert_eq!(parts.uri, "/x//y%2Fz?q=1");
         assert_eq!(parts.headers["host"], "a.b:81");
         assert_eq!(parts.headers["cookie"], "a=1; b=2");
@@ -204,7 +272,7 @@ mod tests {
     #[test]
     fn h2c_gets_an_absolute_target_and_no_host() {
         let mut parts = request("/x?q=1", Version::HTTP_11, &["a.b"]).into_parts().0;
-        prepare(&mut parts, Wire::H2c, "a.b");
+        prepare(&mut parts, Wire::H2c, "a.b", false);
         assert_eq!(parts.uri, "http://a.b/x?q=1");
         assert!(parts.headers.get(HOST).is_none());
     }

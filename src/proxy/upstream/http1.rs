@@ -13,14 +13,17 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tracing::debug;
 
-use crate::drain::Drain;
-use crate::proxy::body::RequestBody;
+use crate::proxy::replay::RequestBody;
 use crate::proxy::upstream::cause::{Cause, Noted};
-use crate::proxy::upstream::{Shared, lock};
+use crate::proxy::upstream::{Fresh, MAX_FIELDS, Shared, lock};
 use crate::transport::{ConnectError, Target};
 
 /// How many connections are opened at the same time to one port of one pod.
 const MAX_OPENING: usize = 16;
+
+/// How many connections are kept without use: what a burst needed is not held for minutes, since each costs the container
+/// runtime file descriptors and threads.
+const MAX_IDLE: usize = 64;
 
 /// A connection, as its user sees it.
 pub(super) struct Connection {
@@ -34,12 +37,14 @@ pub(super) struct Pool {
     state: Mutex<State>,
 }
 
+type Waiting = oneshot::Sender<Result<(Connection, bool), ConnectError>>;
+
 #[derive(Default)]
 struct State {
     /// Connections without a request, the most recently used last.
     idle: Vec<(Connection, Instant)>,
-    /// Requests without a connection, in order of arrival. The flag says whether the connection was in use before.
-    waiting: VecDeque<oneshot::Sender<Result<(Connection, bool), ConnectError>>>,
+    /// Requests without a connection, in order of arrival. They are told whether theirs was in use before.
+    waiting: VecDeque<Waiting>,
     /// How many connections are being opened.
     opening: usize,
 }
@@ -56,9 +61,13 @@ impl Pool {
     pub(super) async fn checkout(
         self: &Arc<Self>,
         shared: &Arc<Shared>,
+        fresh: Fresh,
     ) -> Result<(Connection, bool), ConnectError> {
         let waiting = {
             let mut state = lock(&self.state);
+            if fresh == Fresh::Yes {
+                state.idle.clear();
+            }
             while let Some((connection, _)) = state.idle.pop() {
                 if connection.sender.is_ready() {
                     return Ok((connection, true));
@@ -68,40 +77,20 @@ impl Pool {
             state.waiting.push_back(hand_over);
             if state.opening < MAX_OPENING && state.opening < state.waiting.len() {
                 state.opening += 1;
-                let (pool, shared) = (self.clone(), shared.clone());
-                shared
-                    .drain
-                    .clone()
-                    .spawn(async move { pool.open(&shared).await });
+                let opening = Opening {
+                    pool: self.clone(),
+                    shared: shared.clone(),
+                };
+                shared.drain.spawn(opening.run());
             }
             waiting
         };
-        // The opener is dropped unfinished only when shutdown is forced.
-        waiting
-            .await
-            .unwrap_or_else(|_| Err(ConnectError::Unavailable("kube-tunnel is shutting down".into())))
+        waiting.await.unwrap_or_else(|_| Err(shutting_down()))
     }
 
-    /// Opens connections until as many openings run as requests wait.
-    async fn open(self: Arc<Self>, shared: &Arc<Shared>) {
-        loop {
-            let opened = self.connect(shared).await;
-            let mut state = lock(&self.state);
-            match opened {
-                Ok(connection) => state.hand_over(connection, false),
-                Err(error) => {
-                    // Every waiter would fail the same way; each decides for itself whether to try again.
-                    for waiting in state.waiting.drain(..) {
-                        let _ = waiting.send(Err(error.clone()));
-                    }
-                }
-            }
-            state.waiting.retain(|waiting| !waiting.is_closed());
-            if state.waiting.len() < state.opening {
-                state.opening -= 1;
-                return;
-            }
-        }
+    /// Takes a connection back that can carry another request.
+    pub(super) fn put(&self, connection: Connection) {
+        lock(&self.state).hand_over(connection, true);
     }
 
     async fn connect(&self, shared: &Arc<Shared>) -> Result<Connection, ConnectError> {
@@ -109,6 +98,7 @@ impl Pool {
         let cause = Cause::default();
         let (sender, connection) = http1::Builder::new()
             .preserve_header_case(true)
+            .max_headers(MAX_FIELDS)
             .handshake(TokioIo::new(Noted::new(stream, cause.clone())))
             .await
             .map_err(|error| ConnectError::Unavailable(error.to_string()))?;
@@ -146,59 +136,57 @@ impl State {
                 Err(Err(_)) => unreachable!("what comes back is what was sent"),
             }
         }
-        self.idle.push((connection, Instant::now()));
-    }
-}
-
-/// A connection that carries a response; it goes back to its pool when the response is complete. Dropping it closes it.
-#[derive(Debug)]
-pub(crate) struct Lease(Option<Box<Held>>);
-
-struct Held {
-    pool: Arc<Pool>,
-    connection: Connection,
-    drain: Drain,
-}
-
-impl std::fmt::Debug for Held {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Held")
-            .field("target", &self.pool.target)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Lease {
-    pub(super) fn new(pool: Arc<Pool>, connection: Connection, drain: Drain) -> Self {
-        Self(Some(Box::new(Held {
-            pool,
-            connection,
-            drain,
-        })))
-    }
-
-    /// Makes the lease of a connection that is shared and need not be given back.
-    pub(super) fn none() -> Self {
-        Self(None)
-    }
-
-    /// Gives the connection back, to be called when the response's body has been read to its end.
-    pub(crate) fn give_back(self) {
-        let Some(held) = self.0 else { return };
-        let Held {
-            pool,
-            mut connection,
-            drain,
-        } = *held;
-        if connection.sender.is_ready() {
-            lock(&pool.state).hand_over(connection, true);
-        } else if !connection.sender.is_closed() {
-            // The connection's task has yet to see the end of the message, or is still sending the request's body.
-            drain.spawn(async move {
-                if connection.sender.ready().await.is_ok() {
-                    lock(&pool.state).hand_over(connection, true);
-                }
-            });
+        if self.idle.len() < MAX_IDLE {
+            self.idle.push((connection, Instant::now()));
         }
     }
+}
+
+/// One of the openings that run; counted until it is dropped, however it ends.
+struct Opening {
+    pool: Arc<Pool>,
+    shared: Arc<Shared>,
+}
+
+impl Opening {
+    /// Opens connections until as many openings run as requests wait.
+    async fn run(self) {
+        loop {
+            let opened = self.pool.connect(&self.shared).await;
+            let mut state = lock(&self.pool.state);
+            match opened {
+                Ok(connection) => state.hand_over(connection, false),
+                // The last opening speaks for everybody who waits; the others have companions that may still succeed.
+                Err(error) if state.opening == 1 => {
+                    for waiting in state.waiting.drain(..) {
+                        let _ = waiting.send(Err(error.clone()));
+                    }
+                }
+                Err(error) => {
+                    if let Some(waiting) = state.waiting.pop_front() {
+                        let _ = waiting.send(Err(error));
+                    }
+                }
+            }
+            state.waiting.retain(|waiting| !waiting.is_closed());
+            if state.waiting.len() < state.opening {
+                return;
+            }
+        }
+    }
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        let mut state = lock(&self.pool.state);
+        state.opening -= 1;
+        if state.opening == 0 {
+            // Nobody is left to serve them: either there are none, or this was cut off by shutdown or a panic.
+            state.waiting.clear();
+        }
+    }
+}
+
+pub(super) fn shutting_down() -> ConnectError {
+    ConnectError::Unavailable("kube-tunnel is shutting down".into())
 }

@@ -1,0 +1,53 @@
+//! What a response holds of the connection that it comes over.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::drain::Drain;
+use crate::proxy::upstream::http1::{Connection, Pool};
+use crate::proxy::upstream::http2::Slot;
+
+/// A connection's use by one response. Dropping it before the response is complete closes an HTTP/1.1 connection, which
+/// could not be used for anything else.
+#[derive(Debug)]
+pub(crate) struct Lease(Held);
+
+enum Held {
+    Http1(Box<(Arc<Pool>, Connection, Drain)>),
+    Http2(#[expect(dead_code, reason = "counts the stream for as long as it lives")] Slot),
+}
+
+impl fmt::Debug for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Http1(_) => "Http1",
+            Self::Http2(_) => "Http2",
+        })
+    }
+}
+
+impl Lease {
+    pub(super) fn http1(pool: Arc<Pool>, connection: Connection, drain: Drain) -> Self {
+        Self(Held::Http1(Box::new((pool, connection, drain))))
+    }
+
+    pub(super) fn http2(slot: Slot) -> Self {
+        Self(Held::Http2(slot))
+    }
+
+    /// Gives the connection back, to be called when the response's body has been read to its end.
+    pub(crate) fn give_back(self) {
+        let Held::Http1(held) = self.0 else { return };
+        let (pool, mut connection, drain) = *held;
+        if connection.sender.is_ready() {
+            pool.put(connection);
+        } else if !connection.sender.is_closed() {
+            // The connection's task has yet to see the end of the message, or is still sending the request's body.
+            drain.spawn(async move {
+                if connection.sender.ready().await.is_ok() {
+                    pool.put(connection);
+                }
+            });
+        }
+    }
+}
