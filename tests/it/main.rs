@@ -9,6 +9,7 @@
 )]
 
 mod app;
+mod backends;
 mod client;
 mod command;
 mod errors;
