@@ -19,3 +19,4 @@ mod lifecycle;
 mod log;
 mod lookup;
 mod program;
+mod tls;

@@ -1,0 +1,183 @@
+//! TLS on the one port (contract C1 to C3).
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use http::{Request, StatusCode};
+use http_body_util::Full;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use kube_tunnel::testing::backend::{Protocols, Serve};
+use kube_tunnel::testing::{FakeCluster, Workload};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, ProtocolVersion, RootCertStore, SupportedProtocolVersion};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use crate::app::TestApp;
+use crate::client::{Client, Reply};
+
+const WEB: &str = "web.shop.svc.cluster.local";
+
+async fn app() -> (FakeCluster, Workload, TestApp) {
+    let cluster = FakeCluster::start().await.unwrap();
+    let any = || Serve::Http(Protocols::Any);
+    let builder = cluster
+        .workload("shop", "web")
+        .port("http", 80, 8080)
+        .serve(any());
+    let workload = builder.port("https", 443, 8443).serve(any()).create().unwrap();
+    let app = TestApp::start(&cluster).await;
+    (cluster, workload, app)
+}
+
+/// Connects as a client that trusts the exported certificate and nothing else.
+async fn connect(
+    app: &TestApp,
+    name: &str,
+    alpn: &[&str],
+    versions: &[&'static SupportedProtocolVersion],
+) -> std::io::Result<TlsStream<TcpStream>> {
+    let exported: PathBuf = app.folder.path().join("tls/cluster.local/server.crt");
+    let mut roots = RootCertStore::empty();
+    roots
+        .add(CertificateDer::from_pem_file(exported).unwrap())
+        .unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(versions)
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
+    let stream = TcpStream::connect(app.address).await?;
+    let name = ServerName::try_from(name.to_owned()).unwrap();
+    TlsConnector::from(Arc::new(config)).connect(name, stream).await
+}
+
+#[tokio::test]
+async fn a_client_that_trusts_the_exported_certificate_verifies_service_hosts() {
+    let (_cluster, workload, app) = app().await;
+    for (alpn, version) in [
+        ("h2", &rustls::version::TLS13),
+        ("http/1.1", &rustls::version::TLS12),
+    ] {
+        let stream = connect(&app, WEB, &[alpn], &[version]).await.unwrap();
+        let session = stream.get_ref().1;
+        assert_eq!(session.alpn_protocol(), Some(alpn.as_bytes()));
+        assert_eq!(
+            session.protocol_version() == Some(ProtocolVersion::TLSv1_3),
+            alpn == "h2"
+        );
+        let reply = match alpn {
+            "h2" => {
+                let io = TokioIo::new(stream);
+                let (mut sender, connection) =
+                    hyper::client::conn::http2::handshake(TokioExecutor::new(), io)
+                        .await
+                        .unwrap();
+                tokio::spawn(connection);
+                let request = Request::get(format!("https://{WEB}/page"))
+                    .body(Full::<bytes::Bytes>::default())
+                    .unwrap();
+                Reply::read(sender.send_request(request).await.unwrap()).await
+            }
+            _ => {
+                let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+                    .await
+                    .unwrap();
+                tokio::spawn(connection);
+                Client::Http1(sender).get(WEB, "/page").await
+            }
+        };
+        assert_eq!(
+            (reply.status, reply.pod()),
+            (StatusCode::OK, workload.pods[0].name.clone())
+        );
+    }
+}
+
+#[tokio::test]
+async fn health_tells_the_protocol_and_localhost_verifies_too() {
+    let (_cluster, _workload, app) = app().await;
+    for name in ["localhost", "127.0.0.1"] {
+        let stream = connect(&app, name, &["http/1.1"], rustls::DEFAULT_VERSIONS)
+            .await
+            .unwrap();
+        let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .unwrap();
+        tokio::spawn(connection);
+        let health = Client::Http1(sender).get(name, "/health").await.json();
+        assert_eq!(health["protocol"], "HTTP/1.1 (TLS) ALPN:http/1.1");
+    }
+}
+
+#[tokio::test]
+async fn a_client_without_alpn_is_told_apart_by_its_first_bytes() {
+    let (_cluster, _workload, app) = app().await;
+    let mut stream = connect(&app, WEB, &[], rustls::DEFAULT_VERSIONS).await.unwrap();
+    let request = format!("GET / HTTP/1.1\r\nHost: {WEB}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+}
+
+#[tokio::test]
+async fn the_authority_vouches_for_the_zone_and_this_machine_only() {
+    let (_cluster, _workload, app) = app().await;
+    for foreign in ["www.example.com", "web.shop.svc.other.zone", "192.0.2.1"] {
+        let error = connect(&app, foreign, &[], rustls::DEFAULT_VERSIONS)
+            .await
+            .unwrap_err();
+        assert!(error.to_string().contains("certificate"), "{foreign}: {error}");
+    }
+}
+
+#[tokio::test]
+async fn a_bad_hello_closes_the_connection_and_nothing_else() {
+    let (_cluster, _workload, app) = app().await;
+    for hello in [
+        &b"\x16\x03\x01\x00\x05hello"[..],
+        b"\x16\x03\x01\xff\xff",
+        b"\x16\x02",
+        b"\x00\x01\x02",
+    ] {
+        let mut stream = TcpStream::connect(app.address).await.unwrap();
+        stream.write_all(hello).await.unwrap();
+        stream.shutdown().await.unwrap();
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer).await;
+        assert!(
+            !answer.starts_with(b"HTTP"),
+            "plain text in answer to a bad hello: {answer:?}"
+        );
+    }
+    assert_eq!(
+        crate::client::fetch(app.address, "web.shop", "/").await.status,
+        StatusCode::OK
+    );
+}
+
+#[tokio::test]
+async fn a_request_without_a_port_means_443() {
+    let (_cluster, workload, app) = app().await;
+    let stream = connect(&app, WEB, &["http/1.1"], rustls::DEFAULT_VERSIONS)
+        .await
+        .unwrap();
+    let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    assert_eq!(Client::Http1(sender).get(WEB, "/").await.status, StatusCode::OK);
+    crate::client::fetch(app.address, WEB, "/").await;
+    let backends = &workload.pods[0].backends;
+    let requests: Vec<_> = backends
+        .iter()
+        .map(|backend| backend.http().unwrap().requests().len())
+        .collect();
+    assert_eq!(requests, [1, 1], "one over TLS to 443, one in clear text to 80");
+}
