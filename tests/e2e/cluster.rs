@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::io::Write;
 use std::os::unix::process::CommandExt;
-use std::process::{ChildStdin, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::LazyLock;
 use std::time::SystemTime;
 
@@ -28,19 +28,18 @@ static RUN: LazyLock<String> = LazyLock::new(|| {
 
 /// Deletes this run's namespaces once this process, however it ends, lets go of the pipe. In a process group of its own
 /// it outlives what ends the tests.
-static JANITOR: LazyLock<ChildStdin> = LazyLock::new(|| {
+static JANITOR: LazyLock<Child> = LazyLock::new(|| {
     let script = format!(
         "read -r _; kubectl delete namespace -l {LABEL}={} --wait=false",
         *RUN
     );
     let mut janitor = Command::new("sh");
     janitor.args(["-c", &script]).process_group(0);
-    let mut child = janitor
+    janitor
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .spawn()
-        .unwrap();
-    child.stdin.take().unwrap()
+        .unwrap()
 });
 
 /// A namespace that this run made.

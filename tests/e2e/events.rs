@@ -9,6 +9,7 @@ use tokio::time::Duration;
 
 use crate::client::{Client, PROTOCOLS, get};
 use crate::command::within;
+use crate::note::note;
 use crate::program::Proxy;
 use crate::scene::Scene;
 
@@ -96,10 +97,9 @@ async fn an_event_takes_less_than_fifty_milliseconds() {
             None => late[0],
         };
         let (median, worst) = (late[late.len() / 2] - clock, late[late.len() - 1] - clock);
-        #[expect(clippy::print_stderr, reason = "for information")]
-        {
-            eprintln!("events over {protocol:?}: median {median:.2} ms, worst {worst:.2} ms");
-        }
+        note(&format!(
+            "events over {protocol:?}: median {median:.2} ms, worst {worst:.2} ms"
+        ));
         assert!(median < LATE && worst < LATE, "{protocol:?}: {late:?}");
     }
 }

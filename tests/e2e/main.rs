@@ -22,6 +22,7 @@ mod grpc;
 mod http;
 mod large;
 mod lifecycle;
+mod note;
 mod outage;
 mod pods;
 mod ports;

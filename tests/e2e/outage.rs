@@ -6,6 +6,7 @@ use tokio::time::{Duration, Instant};
 
 use crate::client::{Client, PROTOCOLS, fetch, try_fetch};
 use crate::command::{eventually, run, within};
+use crate::note::note;
 use crate::program::Proxy;
 use crate::scene::Scene;
 
@@ -39,13 +40,6 @@ impl Drop for Ended {
     fn drop(&mut self) {
         // Does nothing to one that runs; a failure shows in every test that comes later.
         drop(Command::new(SCRIPT).args(["start", self.0]).status());
-    }
-}
-
-fn note(text: &str) {
-    #[expect(clippy::print_stderr, reason = "for information")]
-    {
-        eprintln!("{text}");
     }
 }
 

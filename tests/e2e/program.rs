@@ -7,6 +7,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 
 use crate::command::{Done, eventually, finish};
+use crate::note::note;
 
 /// The lines of the log that a failed test shows.
 const SHOWN_LINES: usize = 80;
@@ -121,10 +122,7 @@ impl Drop for Proxy {
             let log = self.log();
             let from = log.lines().count().saturating_sub(SHOWN_LINES);
             for line in log.lines().skip(from) {
-                #[expect(clippy::print_stderr, reason = "shown with the failed test only")]
-                {
-                    eprintln!("proxy: {line}");
-                }
+                note(&format!("proxy: {line}"));
             }
         }
     }
