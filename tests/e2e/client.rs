@@ -1,0 +1,172 @@
+//! A small HTTP client: one connection, one protocol, bodies of any size.
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response, StatusCode};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Empty, Full};
+use hyper::body::Incoming;
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use serde_json::Value;
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+/// Longer than one small request takes, its retries included.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// The body of a request.
+pub(crate) type Body = UnsyncBoxBody<Bytes, Infallible>;
+
+/// What a client speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Protocol {
+    Http1,
+    H2c,
+}
+
+/// Both, for what must hold for either.
+pub(crate) const PROTOCOLS: [Protocol; 2] = [Protocol::Http1, Protocol::H2c];
+
+/// A connection to the proxy.
+pub(crate) struct Client {
+    sender: Sender,
+    /// Ends with the client.
+    _connection: JoinSet<()>,
+}
+
+enum Sender {
+    Http1(http1::SendRequest<Body>),
+    H2c(http2::SendRequest<Body>),
+}
+
+impl Client {
+    /// Opens a connection.
+    pub(crate) async fn connect(proxy: SocketAddr, protocol: Protocol) -> Result<Self> {
+        let stream = TokioIo::new(TcpStream::connect(proxy).await.context("cannot connect")?);
+        let mut tasks = JoinSet::new();
+        let sender = match protocol {
+            Protocol::Http1 => {
+                let (sender, connection) = http1::handshake(stream).await?;
+                tasks.spawn(async { drop(connection.await) });
+                Sender::Http1(sender)
+            }
+            Protocol::H2c => {
+                let (sender, connection) = http2::handshake(TokioExecutor::new(), stream).await?;
+                tasks.spawn(async { drop(connection.await) });
+                Sender::H2c(sender)
+            }
+        };
+        Ok(Self {
+            sender,
+            _connection: tasks,
+        })
+    }
+
+    /// Sends a request and gets the head of its response.
+    pub(crate) async fn send(&mut self, request: Request<Body>) -> Result<Response<Incoming>> {
+        let sending = async {
+            Ok(match &mut self.sender {
+                Sender::Http1(sender) => {
+                    sender.ready().await?;
+                    sender.send_request(request).await?
+                }
+                Sender::H2c(sender) => {
+                    let (mut parts, body) = request.into_parts();
+                    let host = parts.headers.remove("host").context("no host")?;
+                    parts.uri = format!("http://{}{}", host.to_str()?, parts.uri).parse()?;
+                    sender.send_request(Request::from_parts(parts, body)).await?
+                }
+            })
+        };
+        sending.await
+    }
+
+    /// Sends a small request and reads the whole response.
+    pub(crate) async fn exchange(&mut self, request: Request<Body>) -> Result<Reply> {
+        let exchange = async { Reply::read(self.send(request).await?).await };
+        tokio::time::timeout(LIMIT, exchange)
+            .await
+            .context("no answer in time")?
+    }
+
+    /// Sends a GET and reads the whole response.
+    pub(crate) async fn get(&mut self, host: &str, path: &str) -> Reply {
+        let reply = self.exchange(get(host, path)).await;
+        reply.unwrap_or_else(|error| panic!("{host}{path}: {error:#}"))
+    }
+}
+
+/// Makes a GET.
+pub(crate) fn get(host: &str, path: &str) -> Request<Body> {
+    Request::get(path).header("host", host).body(empty()).unwrap()
+}
+
+/// Makes an empty body.
+pub(crate) fn empty() -> Body {
+    Empty::new().boxed_unsync()
+}
+
+/// Makes a body.
+pub(crate) fn full(text: &str) -> Body {
+    Full::from(text.to_owned()).boxed_unsync()
+}
+
+/// Sends one GET on a connection of its own.
+pub(crate) async fn try_fetch(proxy: SocketAddr, host: &str, path: &str) -> Result<Reply> {
+    Client::connect(proxy, Protocol::Http1)
+        .await?
+        .exchange(get(host, path))
+        .await
+}
+
+/// Sends one GET that must get an answer, of whatever status.
+pub(crate) async fn fetch(proxy: SocketAddr, host: &str, path: &str) -> Reply {
+    let reply = try_fetch(proxy, host, path).await;
+    reply.unwrap_or_else(|error| panic!("{host}{path}: {error:#}"))
+}
+
+/// A whole response.
+#[derive(Debug)]
+pub(crate) struct Reply {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
+    pub(crate) trailers: Option<HeaderMap>,
+}
+
+impl Reply {
+    async fn read(response: Response<Incoming>) -> Result<Self> {
+        let (parts, body) = response.into_parts();
+        let collected = body.collect().await?;
+        let trailers = collected.trailers().cloned();
+        let body = collected.to_bytes();
+        Ok(Self {
+            status: parts.status,
+            headers: parts.headers,
+            body,
+            trailers,
+        })
+    }
+
+    pub(crate) fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error}: {}", self.text()))
+    }
+
+    /// The pod that answered, as the test server says it.
+    pub(crate) fn pod(&self) -> String {
+        assert_eq!(self.status, StatusCode::OK, "{}", self.text());
+        self.json()["pod"]
+            .as_str()
+            .unwrap_or_else(|| panic!("no pod in {}", self.text()))
+            .to_owned()
+    }
+}

@@ -1,0 +1,33 @@
+//! The real binary against a real cluster: `tests/cluster/e2e`, or `cargo test --test e2e` after `cargo build --release`.
+//!
+//! | variable | meaning | default |
+//! |---|---|---|
+//! | `KUBECONFIG` | a cluster whose nodes have the test server's image; its user may do everything | must be set |
+//! | `KUBE_TUNNEL_TEST_IMAGE` | that image | `kube-tunnel-test/server:dev` |
+//! | `KUBE_TUNNEL_BIN` | the program | `target/release/kube-tunnel` |
+//! | `KUBE_TUNNEL_CLUSTER_STATE` | says that the cluster is one of `tests/cluster/up`, with components to end | unset |
+//!
+//! `kubectl`, `grpcurl`, `grpc-interop-client`, `curl`, `unshare` and `kill` come from `PATH`. What is missing is a failure,
+//! not a skip; on a cluster of another kind leave out what ends components with `-- --skip outage`.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a failed step fails the test, and the panic says where"
+)]
+
+mod client;
+mod cluster;
+mod command;
+mod events;
+mod grpc;
+mod http;
+mod large;
+mod lifecycle;
+mod note;
+mod outage;
+mod pods;
+mod ports;
+mod program;
+mod rights;
+mod scene;
+mod traffic;
+mod trouble;

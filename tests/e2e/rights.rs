@@ -1,0 +1,85 @@
+//! Users who may not do everything.
+
+use crate::client::fetch;
+use crate::program::Proxy;
+use crate::scene::Scene;
+
+#[tokio::test]
+async fn the_rights_of_a_developer_reach_their_own_namespace_only() {
+    let scene = Scene::together().await;
+    let kubeconfig = scene.restricted.kubeconfig_for("dev").await;
+    let proxy = Proxy::start_as(kubeconfig.path()).await;
+    for _ in 0..3 {
+        fetch(proxy.address, &scene.restricted.host("web"), "/health")
+            .await
+            .pod();
+    }
+    let reply = fetch(proxy.address, &scene.shop.host("web"), "/health").await;
+    assert_eq!(reply.status, 403, "{}", reply.text());
+    for words in [
+        "cannot ",
+        "resource \"services\"",
+        &scene.shop.name,
+        "kubectl auth can-i",
+    ] {
+        assert!(reply.text().contains(words), "no {words:?} in {}", reply.text());
+    }
+}
+
+#[tokio::test]
+async fn a_user_without_rights_learns_which_one_is_missing() {
+    let scene = Scene::together().await;
+    let kubeconfig = scene.restricted.kubeconfig_for("nobody").await;
+    let proxy = Proxy::start_as(kubeconfig.path()).await;
+    let reply = fetch(proxy.address, &scene.restricted.host("web"), "/health").await;
+    assert_eq!(reply.status, 403, "{}", reply.text());
+    for words in ["resource \"services\"", "kubectl auth can-i"] {
+        assert!(reply.text().contains(words), "no {words:?} in {}", reply.text());
+    }
+}
+
+#[tokio::test]
+async fn a_reader_who_may_not_forward_learns_it() {
+    let scene = Scene::together().await;
+    let own = scene.restricted;
+    own.kubectl(&["create", "serviceaccount", "reader"])
+        .await
+        .succeeded();
+    let rules = [
+        "--verb=get,list,watch",
+        "--resource=services,pods,endpointslices.discovery.k8s.io",
+    ];
+    own.kubectl(&[&["create", "role", "reader"], &rules[..]].concat())
+        .await
+        .succeeded();
+    let account = format!("--serviceaccount={}:reader", own.name);
+    own.kubectl(&["create", "rolebinding", "reader", "--role=reader", &account])
+        .await
+        .succeeded();
+    let kubeconfig = own.kubeconfig_for("reader").await;
+    let proxy = Proxy::start_as(kubeconfig.path()).await;
+    let reply = fetch(proxy.address, &own.host("web"), "/health").await;
+    assert_eq!(reply.status, 403, "{}", reply.text());
+    for words in [
+        "cannot",
+        "pods/portforward",
+        "kubectl auth can-i create pods/portforward -n",
+    ] {
+        assert!(reply.text().contains(words), "no {words:?} in {}", reply.text());
+    }
+}
+
+#[tokio::test]
+async fn a_forged_token_does_not_start() {
+    let scene = Scene::together().await;
+    let kubeconfig = scene.restricted.kubeconfig_for("dev").await;
+    let mut config: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(kubeconfig.path()).unwrap()).unwrap();
+    config["users"][0]["user"]["token"] = "forged".into();
+    std::fs::write(kubeconfig.path(), config.to_string()).unwrap();
+    let done = Proxy::fails(&["--kubeconfig", kubeconfig.path().to_str().unwrap()]).await;
+    assert!(
+        !done.success && done.stderr.contains("does not accept the credentials"),
+        "{done:?}"
+    );
+}
