@@ -16,67 +16,55 @@ use crate::traffic::{AccessRecord, Outcome};
 /// The error of a body, whatever its source.
 pub(crate) type BoxError = Box<dyn StdError + Send + Sync>;
 
-/// The body of a response on its way to the client. It owns the access record, which is emitted when the body is dropped.
+/// The body of a response on its way to the client.
 #[derive(Debug)]
-pub(crate) struct ResponseBody {
-    source: Source,
-    record: AccessRecord,
+pub(crate) enum ResponseBody {
+    /// A pod's.
+    Upstream(Box<Passed>),
+    /// The proxy's own; nothing once it was sent.
+    Own(Option<Bytes>),
 }
 
-/// Where the bytes come from.
+/// A pod's body as it passes. It owns what must live as long: the access record, which is emitted when the body is dropped,
+/// the connection, which goes back to its pool at the end, and the pod's count of requests under way.
 #[derive(Debug)]
-enum Source {
-    /// A pod. The connection goes back to its pool at the end of the body, and the pod counts as busy until then.
-    Upstream {
-        body: Incoming,
-        lease: Option<Lease>,
-        _in_flight: InFlight,
-    },
-    /// The proxy itself.
-    Own(Option<Bytes>),
+pub(crate) struct Passed {
+    body: Incoming,
+    lease: Option<Lease>,
+    _in_flight: InFlight,
+    record: AccessRecord,
 }
 
 impl ResponseBody {
     /// Passes on a pod's body.
-    #[must_use]
     pub(crate) fn upstream(
         body: Incoming,
         lease: Option<Lease>,
         in_flight: InFlight,
         record: AccessRecord,
     ) -> Self {
-        let mut this = Self {
-            source: Source::Upstream {
-                body,
-                lease,
-                _in_flight: in_flight,
-            },
+        let mut passed = Passed {
+            body,
+            lease,
+            _in_flight: in_flight,
             record,
         };
-        if let Source::Upstream { body, .. } = &this.source
-            && body.is_end_stream()
-        {
-            this.finish(Outcome::Complete);
+        if passed.body.is_end_stream() {
+            passed.finish(Outcome::Complete);
         }
-        this
+        Self::Upstream(Box::new(passed))
     }
 
     /// Sends bytes of our own.
-    #[must_use]
-    pub(crate) fn own(bytes: Bytes, mut record: AccessRecord) -> Self {
-        record.sent.add(bytes.len());
-        // Whether the client reads these few bytes is not observed.
-        record.outcome = Outcome::Complete;
-        Self {
-            source: Source::Own(Some(bytes).filter(|bytes| !bytes.is_empty())),
-            record,
-        }
+    pub(crate) fn own(bytes: Bytes) -> Self {
+        Self::Own(Some(bytes).filter(|bytes| !bytes.is_empty()))
     }
+}
 
+impl Passed {
     fn finish(&mut self, outcome: Outcome) {
         self.record.outcome = outcome;
-        if let Source::Upstream { lease, .. } = &mut self.source
-            && let Some(lease) = lease.take()
+        if let Some(lease) = self.lease.take()
             && outcome == Outcome::Complete
         {
             lease.give_back();
@@ -95,6 +83,10 @@ impl ResponseBody {
                 if let Some(status) = frame.trailers_ref().and_then(grpc_status) {
                     self.record.grpc_status = Some(status);
                 }
+                if self.body.is_end_stream() {
+                    // The server side does not poll again once it knows that the body has ended.
+                    self.finish(Outcome::Complete);
+                }
             }
         }
     }
@@ -108,32 +100,27 @@ impl Body for ResponseBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let frame = match &mut self.source {
-            Source::Own(bytes) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
-            Source::Upstream { body, .. } => ready!(Pin::new(body).poll_frame(cx)),
-        };
-        self.observe(frame.as_ref());
-        // The server side does not poll again once it knows that the body has ended, after its last byte or trailers.
-        if let Source::Upstream { body, .. } = &self.source
-            && matches!(frame, Some(Ok(_)))
-            && body.is_end_stream()
-        {
-            self.finish(Outcome::Complete);
+        match &mut *self {
+            Self::Own(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Upstream(passed) => {
+                let frame = ready!(Pin::new(&mut passed.body).poll_frame(cx));
+                passed.observe(frame.as_ref());
+                Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
+            }
         }
-        Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
     }
 
     fn is_end_stream(&self) -> bool {
-        match &self.source {
-            Source::Own(bytes) => bytes.is_none(),
-            Source::Upstream { body, .. } => body.is_end_stream(),
+        match self {
+            Self::Own(bytes) => bytes.is_none(),
+            Self::Upstream(passed) => passed.body.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
-        match &self.source {
-            Source::Own(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
-            Source::Upstream { body, .. } => body.size_hint(),
+        match self {
+            Self::Own(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Self::Upstream(passed) => passed.body.size_hint(),
         }
     }
 }

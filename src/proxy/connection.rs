@@ -181,7 +181,8 @@ where
         .max_headers(MAX_FIELDS)
         .preserve_header_case(true)
         .auto_date_header(false)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades();
     let mut connection = std::pin::pin!(connection);
     tokio::select! {
         biased; // a request that has arrived is answered, also at the moment of draining
@@ -205,6 +206,7 @@ where
     let service = service_fn(move |request| answer(context.clone(), downstream.clone(), request));
     let connection = http2::Builder::new(clients.clone())
         .timer(TokioTimer::new())
+        .enable_connect_protocol()
         .max_concurrent_streams(MAX_STREAMS)
         .max_frame_size(MAX_FRAME)
         .initial_stream_window_size(STREAM_WINDOW)

@@ -2,11 +2,12 @@
 
 mod exchange;
 mod headers;
+mod upgrade;
 
 use std::convert::Infallible;
 use std::sync::Arc;
 
-use http::{Request, Response, Version};
+use http::{Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
@@ -15,6 +16,7 @@ use crate::proxy::body::{ResponseBody, grpc_status};
 use crate::proxy::connection::Downstream;
 use crate::proxy::error::Error;
 use crate::proxy::http::exchange::{Destination, exchange};
+use crate::proxy::http::upgrade::Upgrade;
 use crate::proxy::reply::{self, Form};
 use crate::proxy::upstream::Answer;
 use crate::proxy::{Context, own};
@@ -25,24 +27,31 @@ use crate::traffic::AccessRecord;
 pub(super) async fn answer(
     context: Arc<Context>,
     downstream: Arc<Downstream>,
-    request: Request<Incoming>,
+    mut request: Request<Incoming>,
 ) -> Result<Response<ResponseBody>, Infallible> {
     let path = request.uri().path().to_owned();
     let (client, protocol) = (downstream.client, downstream.protocol(request.version()));
     let mut record = AccessRecord::new(client, protocol, request.method().clone(), path);
     let version = request.version();
     let form = Form::of(request.headers());
-    let answered = match headers::authority(&request) {
+    let authority = headers::authority(&request);
+    let upgrade = Upgrade::take(&mut request);
+    let answered = match authority {
         Ok(authority) => {
             record.authority = authority;
-            dispatch(&context, &downstream, request, &mut record).await
+            dispatch(&context, &downstream, request, upgrade.as_ref(), &mut record).await
         }
         Err(error) => Err(error),
     };
-    Ok(match answered {
-        Ok(Answered::Pod(answer, in_flight)) => pass_on(answer, in_flight, record),
-        Ok(Answered::Health) => own::health(&downstream, version, form == Form::Grpc, record),
-        Err(error) => reply::fail(form, &error, record),
+    Ok(match (answered, upgrade) {
+        (Ok(Answered::Pod(answer, in_flight)), Some(upgrade))
+            if answer.response.status() == StatusCode::SWITCHING_PROTOCOLS =>
+        {
+            upgrade.agree(answer.response, in_flight, record, &context.clients)
+        }
+        (Ok(Answered::Pod(answer, in_flight)), _) => pass_on(answer, in_flight, record),
+        (Ok(Answered::Health), _) => own::health(&downstream, version, form == Form::Grpc, record),
+        (Err(error), _) => reply::fail(form, &error, record),
     })
 }
 
@@ -57,6 +66,7 @@ async fn dispatch(
     context: &Context,
     downstream: &Downstream,
     request: Request<Incoming>,
+    upgrade: Option<&Upgrade>,
     record: &mut AccessRecord,
 ) -> Result<Answered, Error> {
     let zone = || context.naming.zone.to_string();
@@ -69,7 +79,7 @@ async fn dispatch(
                 hostname,
                 port: port.unwrap_or(downstream.default_port()),
             };
-            let (answer, in_flight) = exchange(context, &destination, request, record).await?;
+            let (answer, in_flight) = exchange(context, &destination, request, upgrade, record).await?;
             Ok(Answered::Pod(answer, in_flight))
         }
         Host::Own if record.path == "/health" => Ok(Answered::Health),

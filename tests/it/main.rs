@@ -20,3 +20,4 @@ mod log;
 mod lookup;
 mod program;
 mod tls;
+mod upgrade;

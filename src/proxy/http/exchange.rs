@@ -12,6 +12,7 @@ use crate::name::ServiceName;
 use crate::proxy::Context;
 use crate::proxy::error::Error;
 use crate::proxy::http::headers;
+use crate::proxy::http::upgrade::Upgrade;
 use crate::proxy::replay::{Replay, RequestBody};
 use crate::proxy::reply;
 use crate::proxy::route::{Hint, Route, route};
@@ -38,10 +39,11 @@ pub(super) async fn exchange(
     context: &Context,
     destination: &Destination,
     request: Request<Incoming>,
+    upgrade: Option<&Upgrade>,
     record: &mut AccessRecord,
 ) -> Result<(Answer, InFlight), Error> {
     let grpc = reply::is_grpc(request.headers());
-    let pending = Pending::new(request, record);
+    let pending = Pending::new(request, upgrade.is_some(), record);
     let mut failed: Vec<PodRef> = Vec::new();
     let (mut pauses, mut resent, mut stale) = (0, 0, 0);
     let mut fresh = Fresh::No;
@@ -70,7 +72,7 @@ pub(super) async fn exchange(
         record.attempts += 1;
         record.pod = Some(endpoint.pod.clone());
         record.upstream = Some(wire.as_str());
-        let request = pending.request(wire, &record.authority);
+        let request = pending.request(wire, &record.authority, upgrade);
         let Failure {
             error,
             untouched,
@@ -145,10 +147,11 @@ struct Pending {
 }
 
 impl Pending {
-    fn new(request: Request<Incoming>, record: &AccessRecord) -> Self {
+    /// `upgrading`: what follows the head is no body, but the bytes of another protocol.
+    fn new(request: Request<Incoming>, upgrading: bool, record: &AccessRecord) -> Self {
         let (mut head, body) = request.into_parts();
         headers::strip_hop_by_hop(&mut head.headers);
-        let body = Some(body).filter(|body| !body.is_end_stream());
+        let body = Some(body).filter(|body| !upgrading && !body.is_end_stream());
         Self {
             head,
             body: body.map(|body| Replay::new(body, record.received.clone())),
@@ -160,9 +163,12 @@ impl Pending {
     }
 
     /// Makes the request for the next attempt; after the first only where [`recover`](Self::recover) allowed it.
-    fn request(&self, wire: Wire, authority: &str) -> Request<RequestBody> {
+    fn request(&self, wire: Wire, authority: &str, upgrade: Option<&Upgrade>) -> Request<RequestBody> {
         let mut head = self.head.clone();
         headers::prepare(&mut head, wire, authority, self.body.is_some());
+        if let Some(upgrade) = upgrade {
+            upgrade.write(&mut head.headers);
+        }
         Request::from_parts(
             head,
             self.body.as_ref().map_or_else(RequestBody::empty, Replay::body),

@@ -2,7 +2,7 @@
 //! Everything else passes untouched.
 
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, COOKIE, Entry, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRAILER,
+    CONNECTION, CONTENT_LENGTH, COOKIE, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRAILER,
     TRANSFER_ENCODING, UPGRADE,
 };
 use http::request::Parts;
@@ -10,6 +10,7 @@ use http::uri::{PathAndQuery, Scheme, Uri};
 use http::{Method, Request, Version};
 
 use crate::proxy::error::Error;
+use crate::proxy::http::upgrade::is_extended_connect;
 use crate::proxy::upstream::Wire;
 
 /// Fields about one connection, beside those that `Connection` lists (RFC 9110 section 7.6.1). `Trailer` is none of them.
@@ -23,7 +24,7 @@ const HOP_BY_HOP: [HeaderName; 5] = [
 
 /// Finds the authority that a request is for: that of the target wins over `Host` (RFC 9112 section 3.2.2).
 pub(super) fn authority<B>(request: &Request<B>) -> Result<String, Error> {
-    if request.method() == Method::CONNECT {
+    if request.method() == Method::CONNECT && !is_extended_connect(request) {
         return Err(Error::BadRequest("CONNECT is not served on this port"));
     }
     let mut hosts = request.headers().get_all(HOST).iter();
@@ -45,6 +46,16 @@ pub(super) fn authority<B>(request: &Request<B>) -> Result<String, Error> {
         return Err(Error::BadRequest("the target may not name a user"));
     }
     Ok(authority.to_owned())
+}
+
+/// Reports whether a list-valued field has this member, in any case.
+pub(super) fn lists(headers: &HeaderMap, field: HeaderName, member: &str) -> bool {
+    headers
+        .get_all(field)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .any(|part| part.trim().eq_ignore_ascii_case(member))
 }
 
 /// Removes the fields that are about one connection only. `TE: trailers` stays: gRPC needs it, and it is the one value that
@@ -69,18 +80,11 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     if headers.keys().any(goes) {
         keep(headers, |name| !goes(name));
     }
-    if let Entry::Occupied(mut entry) = headers.entry(TE) {
-        let trailers = entry.iter().any(|value| {
-            value.to_str().is_ok_and(|value| {
-                value
-                    .split(',')
-                    .any(|part| part.trim().eq_ignore_ascii_case("trailers"))
-            })
-        });
-        if trailers {
-            entry.insert(HeaderValue::from_static("trailers"));
+    if headers.contains_key(TE) {
+        if lists(headers, TE, "trailers") {
+            headers.insert(TE, HeaderValue::from_static("trailers"));
         } else {
-            entry.remove_entry_mult();
+            keep(headers, |name| name != TE);
         }
     }
 }

@@ -1,0 +1,133 @@
+//! Requests that leave HTTP: `Upgrade` of HTTP/1.1 (WebSocket above all, RFC 9110 section 7.8) and extended CONNECT of HTTP/2
+//! (RFC 8441). Towards the pod both are an HTTP/1.1 Upgrade; after it the bytes pass both ways untouched.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use http::header::{
+    CONNECTION, HeaderMap, HeaderName, HeaderValue, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE,
+};
+use http::{Method, Request, Response, StatusCode};
+use hyper::body::Incoming;
+use hyper::ext::Protocol;
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use tokio::io::copy_bidirectional;
+use tokio::time::Instant;
+
+use crate::drain::Drain;
+use crate::proxy::body::{BoxError, ResponseBody};
+use crate::proxy::http::headers;
+use crate::registry::InFlight;
+use crate::traffic::{AccessRecord, Outcome};
+
+/// The field that proves a WebSocket handshake; over HTTP/2 there is none (RFC 8441 section 5).
+const ACCEPT: HeaderName = http::header::SEC_WEBSOCKET_ACCEPT;
+
+/// A client's wish to leave HTTP.
+pub(super) struct Upgrade {
+    /// What it wants to speak.
+    protocol: HeaderValue,
+    /// The client's side of the bytes to come.
+    client: OnUpgrade,
+    /// Whether it asked by extended CONNECT.
+    extended: bool,
+}
+
+impl Upgrade {
+    /// Takes the wish out of a request, if it has one, and makes the request one that HTTP/1.1 can carry.
+    pub(super) fn take(request: &mut Request<Incoming>) -> Option<Self> {
+        if let Some(protocol) = request.extensions_mut().remove::<Protocol>() {
+            let protocol = HeaderValue::from_str(protocol.as_str()).ok()?;
+            let client = hyper::upgrade::on(&mut *request);
+            *request.method_mut() = Method::GET;
+            if protocol == "websocket" {
+                // The handshake of HTTP/1.1 needs a nonce; the one who checks the answer to it is the next hop, us.
+                let nonce: [u8; 16] = std::array::from_fn(|_| fastrand::u8(..));
+                let key = HeaderValue::from_str(&STANDARD.encode(nonce)).ok()?;
+                request.headers_mut().insert(SEC_WEBSOCKET_KEY, key);
+                request
+                    .headers_mut()
+                    .entry(SEC_WEBSOCKET_VERSION)
+                    .or_insert(HeaderValue::from_static("13"));
+            }
+            return Some(Self {
+                protocol,
+                client,
+                extended: true,
+            });
+        }
+        let listed = headers::lists(request.headers(), CONNECTION, "upgrade");
+        let protocol = request.headers().get(UPGRADE).filter(|_| listed)?.clone();
+        // HTTP/2 in clear text is asked for in the same way, but it is ours to answer, not the pod's.
+        if headers::lists(request.headers(), UPGRADE, "h2c") {
+            return None;
+        }
+        let client = hyper::upgrade::on(&mut *request);
+        Some(Self {
+            protocol,
+            client,
+            extended: false,
+        })
+    }
+
+    /// Writes the wish into the head of the request to the pod, from which hop-by-hop fields are gone.
+    pub(super) fn write(&self, headers: &mut HeaderMap) {
+        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(UPGRADE, self.protocol.clone());
+    }
+
+    /// Passes the pod's agreement on, and from then on the bytes of both sides, as a task of `drain`.
+    pub(super) fn agree(
+        self,
+        mut response: Response<Incoming>,
+        in_flight: InFlight,
+        mut record: AccessRecord,
+        drain: &Drain,
+    ) -> Response<ResponseBody> {
+        let pod = hyper::upgrade::on(&mut response);
+        let (mut parts, _) = response.into_parts();
+        let protocol = parts.headers.get(UPGRADE).cloned().unwrap_or(self.protocol);
+        headers::strip_hop_by_hop(&mut parts.headers);
+        if self.extended {
+            parts.status = StatusCode::OK;
+            parts.headers.remove(ACCEPT);
+        } else {
+            parts
+                .headers
+                .insert(CONNECTION, HeaderValue::from_static("upgrade"));
+            parts.headers.insert(UPGRADE, protocol);
+        }
+        record.status = Some(parts.status);
+        record.first_byte = Some(Instant::now());
+        drain.spawn(join(self.client, pod, in_flight, record));
+        Response::from_parts(parts, ResponseBody::own(Bytes::new()))
+    }
+}
+
+/// Copies both ways until both sides have ended. The record is emitted then, and the pod counts as busy until then.
+async fn join(client: OnUpgrade, pod: OnUpgrade, _in_flight: InFlight, mut record: AccessRecord) {
+    match splice(client, pod).await {
+        Ok((received, sent)) => {
+            record
+                .received
+                .add(usize::try_from(received).unwrap_or(usize::MAX));
+            record.sent.add(usize::try_from(sent).unwrap_or(usize::MAX));
+            record.outcome = Outcome::Complete;
+        }
+        Err(error) => {
+            record.reason = Some(error.to_string());
+            record.outcome = Outcome::Broken;
+        }
+    }
+}
+
+async fn splice(client: OnUpgrade, pod: OnUpgrade) -> Result<(u64, u64), BoxError> {
+    let (client, pod) = tokio::try_join!(client, pod)?;
+    Ok(copy_bidirectional(&mut TokioIo::new(client), &mut TokioIo::new(pod)).await?)
+}
+
+/// Whether a request is an extended CONNECT, which names its target as other requests do.
+pub(super) fn is_extended_connect<B>(request: &Request<B>) -> bool {
+    request.method() == Method::CONNECT && request.extensions().get::<Protocol>().is_some()
+}

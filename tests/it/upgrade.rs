@@ -1,0 +1,141 @@
+//! Requests that leave HTTP (contract D5).
+
+use futures_util::{SinkExt, StreamExt};
+use http::{Request, StatusCode};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Empty};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use kube_tunnel::testing::backend::{Protocols, Serve};
+use kube_tunnel::testing::{FakeCluster, Workload};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::{Message, protocol::Role};
+
+use crate::app::TestApp;
+
+const WEB: &str = "web.shop.svc.cluster.local";
+
+async fn app() -> (FakeCluster, Workload, TestApp) {
+    let cluster = FakeCluster::start().await.unwrap();
+    let any = Serve::Http(Protocols::Any);
+    let workload = cluster
+        .workload("shop", "web")
+        .port("http", 80, 8080)
+        .serve(any)
+        .create()
+        .unwrap();
+    let app = TestApp::start(&cluster).await;
+    (cluster, workload, app)
+}
+
+async fn echo(mut socket: WebSocketStream<impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin>) {
+    for text in ["first", "second"] {
+        socket.send(Message::text(text)).await.unwrap();
+        assert_eq!(socket.next().await.unwrap().unwrap(), Message::text(text));
+    }
+    let large = Message::binary(vec![7; 1 << 20]);
+    socket.send(large.clone()).await.unwrap();
+    assert_eq!(socket.next().await.unwrap().unwrap(), large);
+    socket.close(None).await.unwrap();
+    assert!(socket.next().await.unwrap().unwrap().is_close());
+}
+
+#[tokio::test]
+async fn a_websocket_passes_over_http1() {
+    let (_cluster, _workload, app) = app().await;
+    let stream = TcpStream::connect(app.address).await.unwrap();
+    let url = format!("ws://{WEB}/ws");
+    let (socket, answer) = tokio_tungstenite::client_async(url, stream).await.unwrap();
+    assert_eq!(answer.status(), StatusCode::SWITCHING_PROTOCOLS);
+    echo(socket).await;
+}
+
+fn empty() -> UnsyncBoxBody<bytes::Bytes, hyper::Error> {
+    Empty::new().map_err(|never| match never {}).boxed_unsync()
+}
+
+#[tokio::test]
+async fn a_websocket_passes_over_http2() {
+    let (_cluster, _workload, app) = app().await;
+    let io = TokioIo::new(TcpStream::connect(app.address).await.unwrap());
+    let (mut sender, connection) = hyper::client::conn::http2::handshake::<
+        _,
+        _,
+        UnsyncBoxBody<bytes::Bytes, hyper::Error>,
+    >(TokioExecutor::new(), io)
+    .await
+    .unwrap();
+    tokio::spawn(connection);
+    // An answer proves that the server's settings, which offer extended CONNECT, have arrived.
+    let get = Request::get(format!("http://{WEB}/")).body(empty()).unwrap();
+    assert_eq!(sender.send_request(get).await.unwrap().status(), StatusCode::OK);
+    let request = Request::connect(format!("http://{WEB}/ws"))
+        .extension(hyper::ext::Protocol::from_static("websocket"))
+        .header("sec-websocket-version", "13")
+        .body(empty())
+        .unwrap();
+    let answer = sender.send_request(request).await.unwrap();
+    assert_eq!(answer.status(), StatusCode::OK);
+    assert!(answer.headers().get("sec-websocket-accept").is_none());
+    let upgraded = TokioIo::new(hyper::upgrade::on(answer).await.unwrap());
+    echo(WebSocketStream::from_raw_socket(upgraded, Role::Client, None).await).await;
+}
+
+#[tokio::test]
+async fn any_other_protocol_passes_as_bytes_in_both_directions() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let backend = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut head = vec![0; 4096];
+        let length = stream.read(&mut head).await.unwrap();
+        // The first bytes of the other protocol come in the same packet as the agreement.
+        stream
+            .write_all(b"HTTP/1.1 101 Go\r\nConnection: upgrade\r\nUpgrade: chat/2\r\n\r\nwelcome")
+            .await
+            .unwrap();
+        let mut question = [0; 8];
+        stream.read_exact(&mut question).await.unwrap();
+        stream.write_all(&question).await.unwrap();
+        String::from_utf8_lossy(&head[..length]).to_ascii_lowercase()
+    });
+    let _workload = cluster
+        .workload("shop", "web")
+        .port("http", 80, 8080)
+        .backend(move |_| address)
+        .create()
+        .unwrap();
+    let app = TestApp::start(&cluster).await;
+    let mut stream = TcpStream::connect(app.address).await.unwrap();
+    let request = format!(
+        "GET /chat HTTP/1.1\r\nHost: {WEB}\r\nConnection: Upgrade\r\nUpgrade: chat/2\r\n\r\nquestion"
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 101 "), "{answer}");
+    assert!(answer.ends_with("\r\n\r\nwelcomequestion"), "{answer}");
+    let head = backend.await.unwrap();
+    assert!(
+        head.contains("connection: upgrade\r\n") && head.contains("upgrade: chat/2\r\n"),
+        "{head}"
+    );
+}
+
+#[tokio::test]
+async fn a_backend_that_does_not_agree_answers_as_usual() {
+    let (_cluster, _workload, app) = app().await;
+    let mut client = crate::client::Client::http1(app.address).await;
+    let mut request = crate::client::get(WEB, "/page");
+    request
+        .headers_mut()
+        .insert("connection", "upgrade".parse().unwrap());
+    request.headers_mut().insert("upgrade", "chat/2".parse().unwrap());
+    let reply = crate::client::Reply::read(client.send(request).await).await;
+    assert_eq!(
+        (reply.status, &reply.json()["target"]),
+        (StatusCode::OK, &"/page".into())
+    );
+}
