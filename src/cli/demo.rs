@@ -23,6 +23,7 @@ pub(super) fn run(mut config: Config, layers: &Layers) -> Result<ExitCode> {
         config.proxy.port = 0;
     }
     run::block_on(async {
+        let signals = run::Signals::install()?;
         let cluster = FakeCluster::start()
             .await
             .context("cannot start the miniature cluster")?;
@@ -42,7 +43,7 @@ pub(super) fn run(mut config: Config, layers: &Layers) -> Result<ExitCode> {
         );
         // Whether anybody reads the guide makes no difference to the demo.
         let _ = io::stdout().lock().write_all(guide.as_bytes());
-        let code = run::until_stopped(app).await;
+        let code = run::until_stopped(app, signals).await;
         cluster.shutdown().await;
         Ok(code)
     })

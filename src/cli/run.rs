@@ -3,7 +3,8 @@
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
-use tokio::signal;
+#[cfg(unix)]
+use tokio::signal::unix;
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
@@ -23,11 +24,12 @@ pub(super) fn run(config: &Config) -> Result<ExitCode> {
         bail!("-dns-only: the DNS server is not part of this version yet, so there is nothing to run");
     }
     block_on(async {
+        let signals = Signals::install()?;
         let app = App::bind(config).await?;
         info!(
             "DNS, mDNS and the set-up of the system's DNS are not part of this version yet: send the service as the Host header"
         );
-        Ok(until_stopped(app).await)
+        Ok(until_stopped(app, signals).await)
     })
 }
 
@@ -44,40 +46,57 @@ pub(super) fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> 
 }
 
 /// Runs `app` until a first signal has made it drain, or a second one ends the wait for that.
-pub(super) async fn until_stopped(app: App) -> ExitCode {
+pub(super) async fn until_stopped(app: App, mut signals: Signals) -> ExitCode {
     let (stop, stopped) = oneshot::channel::<()>();
-    let signals = async {
-        let first = one_signal().await;
+    let signalled = async {
+        let first = signals.next().await;
         info!(signal = first, "stopping; another signal ends at once");
         drop(stop);
-        one_signal().await;
+        signals.next().await;
         warn!("ended before running requests were complete");
     };
     tokio::select! {
         () = app.run(async { drop(stopped.await) }) => ExitCode::SUCCESS,
-        () = signals => ExitCode::FAILURE,
+        () = signalled => ExitCode::FAILURE,
     }
 }
 
+/// The signals that ask the program to stop. Installed before anything else, so that none finds it half started.
+pub(super) struct Signals {
+    #[cfg(unix)]
+    interrupt: unix::Signal,
+    #[cfg(unix)]
+    terminate: unix::Signal,
+}
+
 #[cfg(unix)]
-async fn one_signal() -> &'static str {
-    use signal::unix::{SignalKind, signal};
-    let (Ok(mut interrupt), Ok(mut terminate)) =
-        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-    else {
-        // Without handlers the signals keep their default meaning and end the process.
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = interrupt.recv() => "SIGINT",
-        _ = terminate.recv() => "SIGTERM",
+impl Signals {
+    pub(super) fn install() -> Result<Self> {
+        let install = |kind| unix::signal(kind).context("cannot listen for signals");
+        Ok(Self {
+            interrupt: install(unix::SignalKind::interrupt())?,
+            terminate: install(unix::SignalKind::terminate())?,
+        })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.interrupt.recv() => "SIGINT",
+            _ = self.terminate.recv() => "SIGTERM",
+        }
     }
 }
 
 #[cfg(not(unix))]
-async fn one_signal() -> &'static str {
-    match signal::ctrl_c().await {
-        Ok(()) => "Ctrl-C",
-        Err(_) => std::future::pending().await,
+impl Signals {
+    pub(super) fn install() -> Result<Self> {
+        Ok(Self {})
+    }
+
+    async fn next(&mut self) -> &'static str {
+        match tokio::signal::ctrl_c().await {
+            Ok(()) => "Ctrl-C",
+            Err(_) => std::future::pending().await,
+        }
     }
 }
