@@ -5,6 +5,7 @@ mod body;
 mod connection;
 pub mod detect;
 mod error;
+mod h2c;
 mod http;
 mod listener;
 mod own;

@@ -6,7 +6,6 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 
-use crate::app::App;
 use crate::cli::run;
 use crate::config::setting;
 use crate::config::{Config, Layers, Source};
@@ -23,7 +22,7 @@ pub(super) fn run(mut config: Config, layers: &Layers) -> Result<ExitCode> {
         config.proxy.port = 0;
     }
     run::block_on(async {
-        let signals = run::Signals::install()?;
+        let mut signals = run::Signals::install()?;
         let cluster = FakeCluster::start()
             .await
             .context("cannot start the miniature cluster")?;
@@ -34,7 +33,9 @@ pub(super) fn run(mut config: Config, layers: &Layers) -> Result<ExitCode> {
         config.k8s.kubeconfig = Some(kubeconfig.clone());
         config.k8s.context = None;
 
-        let app = App::bind(&config).await?;
+        let Some(app) = run::start(&config, &mut signals).await? else {
+            return Ok(ExitCode::SUCCESS);
+        };
         let port = app.addresses().first().context("no address is bound")?.port();
         let guide = guide(
             port,

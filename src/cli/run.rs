@@ -24,8 +24,10 @@ pub(super) fn run(config: &Config) -> Result<ExitCode> {
         bail!("-dns-only: the DNS server is not part of this version yet, so there is nothing to run");
     }
     block_on(async {
-        let signals = Signals::install()?;
-        let app = App::bind(config).await?;
+        let mut signals = Signals::install()?;
+        let Some(app) = start(config, &mut signals).await? else {
+            return Ok(ExitCode::SUCCESS);
+        };
         info!(
             "DNS, mDNS and the set-up of the system's DNS are not part of this version yet: send the service as the Host header"
         );
@@ -43,6 +45,17 @@ pub(super) fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> 
     // Whatever is still running by now was told to end, or its user asked not to wait for it.
     runtime.shutdown_background();
     done
+}
+
+/// Binds the program, unless a signal comes first.
+pub(super) async fn start(config: &Config, signals: &mut Signals) -> Result<Option<App>> {
+    tokio::select! {
+        app = App::bind(config) => app.map(Some),
+        signal = signals.next() => {
+            info!(signal, "stopped before the start was complete");
+            Ok(None)
+        }
+    }
 }
 
 /// Runs `app` until a first signal has made it drain, or a second one ends the wait for that.

@@ -4,9 +4,11 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::Version;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
+use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
@@ -15,6 +17,7 @@ use tracing::{debug, info};
 
 use crate::proxy::Context;
 use crate::proxy::detect::{self, Prefixed, Protocol};
+use crate::proxy::h2c::{self, Injected};
 use crate::proxy::http::answer;
 
 /// HTTP/2 towards clients as the seed has it: 1000 streams, 1 MiB frames; windows that keep a bulk upload moving.
@@ -173,7 +176,21 @@ where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let (clients, timeout) = (context.clients.clone(), context.header_timeout);
-    let service = service_fn(move |request| answer(context.clone(), downstream.clone(), request));
+    let service = service_fn(move |mut request| {
+        let (context, downstream) = (context.clone(), downstream.clone());
+        async move {
+            if downstream.security == Security::Cleartext && h2c::is_asked_for(&request) {
+                let frames = h2c::first_stream(&request);
+                let client = hyper::upgrade::on(&mut request);
+                context
+                    .clients
+                    .clone()
+                    .spawn(serve_upgraded(context, client, frames, downstream));
+                return Ok(h2c::agreement());
+            }
+            answer(context, downstream, request).await
+        }
+    });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(timeout)
@@ -224,5 +241,22 @@ where
             connection.as_mut().graceful_shutdown(); // sends GOAWAY and lets open streams end
             connection.await
         }
+    }
+}
+
+/// Goes on with a client that asked for HTTP/2 in clear text; `frames` hold the request it asked with.
+async fn serve_upgraded(
+    context: Arc<Context>,
+    client: OnUpgrade,
+    frames: Bytes,
+    downstream: Arc<Downstream>,
+) {
+    let address = downstream.client;
+    let ended = match client.await {
+        Ok(stream) => serve_http2(context, Injected::new(TokioIo::new(stream), frames), downstream).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = ended {
+        debug!(client = %address, %error, "client connection ended");
     }
 }

@@ -1,7 +1,7 @@
 //! The HTTP side of the proxy: decides who answers a request, and passes the answer on.
 
 mod exchange;
-mod headers;
+pub(super) mod headers;
 mod upgrade;
 
 use std::convert::Infallible;

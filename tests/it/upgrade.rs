@@ -139,3 +139,75 @@ async fn a_backend_that_does_not_agree_answers_as_usual() {
         (StatusCode::OK, &"/page".into())
     );
 }
+
+/// Reads one HTTP/2 frame: its type, flags, stream and payload.
+async fn frame(stream: &mut TcpStream) -> (u8, u8, u32, Vec<u8>) {
+    let mut header = [0; 9];
+    stream.read_exact(&mut header).await.unwrap();
+    let length = header[..3]
+        .iter()
+        .fold(0, |length, &byte| length << 8 | usize::from(byte));
+    let mut payload = vec![0; length];
+    stream.read_exact(&mut payload).await.unwrap();
+    (
+        header[3],
+        header[4],
+        u32::from_be_bytes(header[5..].try_into().unwrap()),
+        payload,
+    )
+}
+
+#[tokio::test]
+async fn an_upgrade_to_h2c_ends_on_http2_with_stream_1_answered() {
+    const HEADERS: u8 = 1;
+    const DATA: u8 = 0;
+    const END_STREAM: u8 = 1;
+    let (_cluster, _workload, app) = app().await;
+    let mut stream = TcpStream::connect(app.address).await.unwrap();
+    let request = format!(
+        "GET /page?x=1 HTTP/1.1\r\nHost: {WEB}\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n\
+         HTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\nX-Mine: kept\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await.unwrap());
+    }
+    let head = String::from_utf8(head).unwrap().to_ascii_lowercase();
+    assert!(
+        head.starts_with("http/1.1 101 ") && head.contains("upgrade: h2c\r\n"),
+        "{head}"
+    );
+
+    stream
+        .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")
+        .await
+        .unwrap();
+    let (mut status, mut body) = (None, Vec::new());
+    loop {
+        let (kind, flags, id, payload) = frame(&mut stream).await;
+        match kind {
+            HEADERS => status = Some((id, payload[0])),
+            DATA => body.extend(payload),
+            _ => {}
+        }
+        if kind <= HEADERS && flags & END_STREAM != 0 {
+            break;
+        }
+    }
+    assert_eq!(
+        status,
+        Some((1, 0x88)),
+        "stream 1, and `:status: 200` of the static table"
+    );
+    let seen: serde_json::Value = serde_json::from_slice(&body).unwrap();
+    assert_eq!(
+        (&seen["target"], &seen["host"]),
+        (&"/page?x=1".into(), &WEB.into())
+    );
+    let fields = seen["headers"].to_string();
+    assert!(
+        fields.contains("kept") && !fields.contains("http2-settings"),
+        "{fields}"
+    );
+}

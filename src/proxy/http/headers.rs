@@ -49,7 +49,7 @@ pub(super) fn authority<B>(request: &Request<B>) -> Result<String, Error> {
 }
 
 /// Reports whether a list-valued field has this member, in any case.
-pub(super) fn lists(headers: &HeaderMap, field: HeaderName, member: &str) -> bool {
+pub(in crate::proxy) fn lists(headers: &HeaderMap, field: HeaderName, member: &str) -> bool {
     headers
         .get_all(field)
         .iter()
@@ -60,7 +60,7 @@ pub(super) fn lists(headers: &HeaderMap, field: HeaderName, member: &str) -> boo
 
 /// Removes the fields that are about one connection only. `TE: trailers` stays: gRPC needs it, and it is the one value that
 /// HTTP/2 allows (RFC 9113 section 8.2.2).
-pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
+pub(in crate::proxy) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     if headers.contains_key(TRANSFER_ENCODING) {
         // The length of the body is what the coding says, never the other field (RFC 9112 section 6.3).
         headers.remove(CONTENT_LENGTH);

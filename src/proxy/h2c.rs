@@ -1,0 +1,287 @@
+//! HTTP/2 in clear text by `Upgrade: h2c` (RFC 7540 section 3.2), which `curl --http2` asks for.
+//!
+//! The request that asks becomes stream 1 of the HTTP/2 connection, half-closed by the client, and is answered there. The
+//! HTTP/2 library knows no such stream, so the request is written into what it reads, as the frame that a client with prior
+//! knowledge would have sent, just behind the client's own preface and settings.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use http::header::{CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, UPGRADE};
+use http::{Request, Response, StatusCode};
+use http_body::Body;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
+
+use crate::proxy::body::ResponseBody;
+use crate::proxy::http::headers;
+
+/// The length of the client connection preface, and of a frame's header (RFC 9113 sections 3.4 and 4.1).
+const PREFACE: usize = 24;
+const FRAME_HEADER: usize = 9;
+
+/// The largest first SETTINGS frame that is waited for: the initial limit of any frame (RFC 9113 section 6.5.2).
+const MAX_SETTINGS: usize = 16_384;
+
+/// END_STREAM and END_HEADERS of a HEADERS frame (RFC 9113 section 6.2).
+const HEADERS: u8 = 1;
+const END_STREAM_AND_HEADERS: u8 = 0x1 | 0x4;
+
+const SETTINGS_FIELD: HeaderName = HeaderName::from_static("http2-settings");
+
+/// Reports whether a request asks for HTTP/2 as it must, and can be stream 1: it has no body. A request with a body is
+/// answered over HTTP/1.1, as a server may.
+pub(super) fn is_asked_for<B: Body>(request: &Request<B>) -> bool {
+    let fields = request.headers();
+    let mut settings = fields.get_all(SETTINGS_FIELD).iter();
+    let valid = |value: &HeaderValue| {
+        // A list of settings, six bytes each.
+        URL_SAFE_NO_PAD
+            .decode(value.as_bytes())
+            .is_ok_and(|payload| payload.len() % 6 == 0)
+    };
+    headers::lists(fields, UPGRADE, "h2c")
+        && headers::lists(fields, CONNECTION, "upgrade")
+        && headers::lists(fields, CONNECTION, SETTINGS_FIELD.as_str())
+        && settings.next().is_some_and(valid)
+        && settings.next().is_none()
+        && request.body().is_end_stream()
+}
+
+/// The answer that agrees.
+pub(super) fn agreement() -> Response<ResponseBody> {
+    let mut response = Response::new(ResponseBody::own(Bytes::new()));
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    response
+        .headers_mut()
+        .insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    response
+        .headers_mut()
+        .insert(UPGRADE, HeaderValue::from_static("h2c"));
+    response
+}
+
+/// Writes the request as the HEADERS frame of stream 1.
+pub(super) fn first_stream<B>(request: &Request<B>) -> Bytes {
+    let mut fields = request.headers().clone();
+    headers::strip_hop_by_hop(&mut fields);
+    fields.remove(SETTINGS_FIELD);
+    let host = fields.remove(HOST);
+    let authority = match (request.uri().authority(), &host) {
+        (Some(authority), _) => authority.as_str().as_bytes(),
+        (None, Some(host)) => host.as_bytes(),
+        (None, None) => b"",
+    };
+    let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
+    let block = header_block(request.method().as_str(), path, authority, &fields);
+    let mut frame = BytesMut::with_capacity(FRAME_HEADER + block.len());
+    frame.put_uint(block.len() as u64, 3);
+    frame.put_u8(HEADERS);
+    frame.put_u8(END_STREAM_AND_HEADERS);
+    frame.put_u32(1);
+    frame.put(block);
+    frame.freeze()
+}
+
+/// Encodes fields as literals that leave the compression state alone, which is the client's (RFC 7541 section 6.2.2).
+fn header_block(method: &str, path: &str, authority: &[u8], fields: &HeaderMap) -> BytesMut {
+    let mut block = BytesMut::new();
+    let mut literal = |name: &[u8], value: &[u8]| {
+        block.put_u8(0);
+        string(&mut block, name);
+        string(&mut block, value);
+    };
+    literal(b":method", method.as_bytes());
+    literal(b":scheme", b"http");
+    literal(b":path", path.as_bytes());
+    literal(b":authority", authority);
+    for (name, value) in fields {
+        literal(name.as_str().as_bytes(), value.as_bytes());
+    }
+    block
+}
+
+/// A string literal without Huffman code: its length as an integer with a 7-bit prefix (RFC 7541 section 5).
+fn string(block: &mut BytesMut, text: &[u8]) {
+    match u8::try_from(text.len()) {
+        Ok(length) if length < 0x7f => block.put_u8(length),
+        _ => {
+            block.put_u8(0x7f);
+            let mut rest = text.len() - 0x7f;
+            while rest >= 0x80 {
+                block.put_u8(u8::try_from(rest & 0x7f).expect("seven bits") | 0x80);
+                rest >>= 7;
+            }
+            block.put_u8(u8::try_from(rest).expect("what is left has seven bits"));
+        }
+    }
+    block.put_slice(text);
+}
+
+/// A client's stream with frames written in behind its preface and first SETTINGS frame.
+pub(super) struct Injected<S> {
+    stream: S,
+    state: State,
+}
+
+enum State {
+    /// The preface and the SETTINGS frame are still coming in.
+    Opening { read: BytesMut, frames: Bytes },
+    /// These bytes come next, and then the stream's own.
+    Passing(Bytes),
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Injected<S> {
+    pub(super) fn new(stream: S, frames: Bytes) -> Self {
+        Self {
+            stream,
+            state: State::Opening {
+                read: BytesMut::new(),
+                frames,
+            },
+        }
+    }
+}
+
+/// The end of the preface and the SETTINGS frame behind it, once all of that is there.
+fn opening_end(read: &[u8]) -> Option<io::Result<usize>> {
+    let header = read.get(PREFACE..PREFACE + FRAME_HEADER)?;
+    let length = header[..3]
+        .iter()
+        .fold(0, |length, &byte| length << 8 | usize::from(byte));
+    if length > MAX_SETTINGS {
+        return Some(Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the first frame is too large to be SETTINGS",
+        )));
+    }
+    let end = PREFACE + FRAME_HEADER + length;
+    (read.len() >= end).then_some(Ok(end))
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Injected<S> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        loop {
+            match &mut this.state {
+                State::Passing(bytes) if bytes.is_empty() => {
+                    return Pin::new(&mut this.stream).poll_read(cx, buf);
+                }
+                State::Passing(bytes) => {
+                    let length = bytes.len().min(buf.remaining());
+                    buf.put_slice(&bytes[..length]);
+                    bytes.advance(length);
+                    return Poll::Ready(Ok(()));
+                }
+                State::Opening { read, frames } => match opening_end(read).transpose()? {
+                    Some(end) => {
+                        let rest = read.split_off(end);
+                        read.extend_from_slice(frames);
+                        read.unsplit(rest);
+                        this.state = State::Passing(read.split().freeze());
+                    }
+                    None => {
+                        let reading = std::pin::pin!(this.stream.read_buf(read));
+                        if ready!(reading.poll(cx))? == 0 {
+                            this.state = State::Passing(Bytes::new()); // the library reports what is missing
+                        }
+                    }
+                },
+            }
+        }
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Injected<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use tokio::io::AsyncWriteExt as _;
+
+    #[test]
+    fn lengths_beyond_the_prefix_take_more_bytes() {
+        let mut block = BytesMut::new();
+        string(&mut block, &[b'a'; 126]);
+        assert_eq!(block[0], 126);
+        block.clear();
+        // The example of RFC 7541 section C.1.2 with a 7-bit prefix: 1337 = 127 + 1210.
+        string(&mut block, &[b'a'; 1337]);
+        assert_eq!(block[..3], [0x7f, 0xba, 0x09]);
+    }
+
+    #[test]
+    fn a_request_must_ask_in_every_way_it_has_to() {
+        let asks = |connection: &str, settings: &[&str]| {
+            let mut builder = Request::builder()
+                .header("connection", connection)
+                .header("upgrade", "h2c");
+            for value in settings {
+                builder = builder.header("http2-settings", *value);
+            }
+            is_asked_for(&builder.body(http_body_util::Empty::<Bytes>::new()).unwrap())
+        };
+        assert!(asks("Upgrade, HTTP2-Settings", &["AAMAAABkAAQCAAAAAAIAAAAA"]));
+        assert!(!asks("Upgrade", &["AAMAAABkAAQCAAAAAAIAAAAA"]));
+        assert!(!asks("Upgrade, HTTP2-Settings", &[]));
+        assert!(!asks("Upgrade, HTTP2-Settings", &["AAMAAABk", "AAMAAABk"]));
+        assert!(!asks("Upgrade, HTTP2-Settings", &["not base64!"]));
+    }
+
+    proptest! {
+        #[test]
+        fn any_split_of_the_opening_gives_the_same_bytes(split in 0usize..60, settings in 0usize..20) {
+            let mut sent = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+            sent.extend([0, 0, u8::try_from(settings).unwrap(), 4, 0, 0, 0, 0, 0]);
+            sent.extend(vec![9; settings]);
+            let mut expected = sent.clone();
+            sent.extend(b"rest");
+            expected.extend(b"framesrest");
+            let split = split.min(sent.len());
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let seen = runtime.block_on(async {
+                let (mut client, server) = tokio::io::duplex(256);
+                let writing = async {
+                    client.write_all(&sent[..split]).await.unwrap();
+                    tokio::task::yield_now().await;
+                    client.write_all(&sent[split..]).await.unwrap();
+                    drop(client);
+                };
+                let mut seen = Vec::new();
+                let mut injected = Injected::new(server, Bytes::from_static(b"frames"));
+                let (_, read) = tokio::join!(writing, injected.read_to_end(&mut seen));
+                read.unwrap();
+                seen
+            });
+            prop_assert_eq!(seen, expected);
+        }
+    }
+}
