@@ -43,6 +43,121 @@ impl RetryPolicy {
     }
 }
 
+/// How many idle connections may prove dead before that counts as a failure of the endpoint.
+const STALE_CONNECTIONS: u32 = 8;
+
+/// One attempt that failed.
+#[derive(Debug)]
+pub(crate) struct Attempt<'a> {
+    /// The request's method.
+    pub(crate) method: &'a Method,
+    /// Why it failed.
+    pub(crate) error: &'a Error,
+    /// Whether no byte of the request was written.
+    pub(crate) untouched: bool,
+    /// Whether the connection had been used before.
+    pub(crate) reused: bool,
+    /// Whether the whole request can be sent again.
+    pub(crate) replayable: bool,
+    /// Whether the pod might speak the other version of HTTP: nobody knows yet which, and the request allows either.
+    pub(crate) undecided: bool,
+    /// Whether the version was a guess, without a word of the Service's about it.
+    pub(crate) guessed: bool,
+}
+
+/// What to do about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// Send it to an endpoint in the same way; the connection was at fault.
+    Repeat,
+    /// Send it again over a new connection.
+    Reconnect,
+    /// Send it to the same endpoint in the other version of HTTP.
+    Switch,
+    /// Send it to an endpoint that has not failed, after the policy's pause if there is none.
+    MoveOn,
+    /// Tell the client.
+    GiveUp,
+}
+
+/// Counts what was tried for one request.
+#[derive(Debug)]
+pub(crate) struct Attempts {
+    policy: RetryPolicy,
+    /// Idle connections that proved dead.
+    stale: u32,
+    /// How often a request was sent again that may have arrived.
+    resent: u32,
+    /// Whether a new connection was asked for.
+    reconnected: bool,
+    /// Whether the other version of HTTP was tried.
+    switched: bool,
+}
+
+impl Attempts {
+    /// Starts to count.
+    #[must_use]
+    pub(crate) fn new(policy: RetryPolicy) -> Self {
+        Self {
+            policy,
+            stale: 0,
+            resent: 0,
+            reconnected: false,
+            switched: false,
+        }
+    }
+
+    /// Decides what to do about an attempt that failed.
+    pub(crate) fn judge(&mut self, attempt: &Attempt<'_>) -> Verdict {
+        let &Attempt {
+            method,
+            error,
+            untouched,
+            reused,
+            replayable,
+            undecided,
+            guessed,
+        } = attempt;
+        if reused && replayable && untouched && self.stale < STALE_CONNECTIONS {
+            // An idle connection had died. That says nothing about the endpoint, and the request never left.
+            self.stale += 1;
+            return Verdict::Repeat;
+        }
+        let permitted = self.policy.permits(method, error, untouched, replayable);
+        if undecided && replayable && !reused && !self.switched {
+            if matches!(error, Error::Protocol(..)) {
+                self.switched = true;
+                return Verdict::Switch;
+            }
+            // Some servers of the other version just hang up. It may be a crash as well, so it counts.
+            if guessed
+                && permitted
+                && matches!(error, Error::Reset(..))
+                && self.resent < self.policy.max_retries
+            {
+                self.switched = true;
+                self.resent += 1;
+                return Verdict::Switch;
+            }
+        }
+        if !permitted {
+            return Verdict::GiveUp;
+        }
+        if !untouched && !error.is_before_send() {
+            if self.resent == self.policy.max_retries {
+                return Verdict::GiveUp;
+            }
+            self.resent += 1;
+            if reused && !self.reconnected {
+                // The connection may have died while it was idle, so the endpoint gets one more chance on a new one.
+                self.reconnected = true;
+                return Verdict::Reconnect;
+            }
+        }
+        Verdict::MoveOn
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -101,6 +216,78 @@ mod tests {
             false,
             true
         ));
+    }
+
+    /// A GET that was sent over a new connection and can be sent again.
+    fn sent(error: &Error) -> Attempt<'_> {
+        Attempt {
+            method: &Method::GET,
+            error,
+            untouched: false,
+            reused: false,
+            replayable: true,
+            undecided: false,
+            guessed: false,
+        }
+    }
+
+    #[test]
+    fn a_request_that_may_have_arrived_is_sent_again_as_often_as_the_policy_says() {
+        let reset = Error::Reset(target(), "reset".into());
+        let mut attempts = Attempts::new(POLICY);
+        let verdicts: Vec<_> = (0..4).map(|_| attempts.judge(&sent(&reset))).collect();
+        assert_eq!(
+            verdicts,
+            [Verdict::MoveOn, Verdict::MoveOn, Verdict::MoveOn, Verdict::GiveUp]
+        );
+    }
+
+    #[test]
+    fn a_dead_idle_connection_costs_nothing_and_a_broken_one_gets_a_new_one_once() {
+        let reset = Error::Reset(target(), "reset".into());
+        let mut attempts = Attempts::new(RetryPolicy {
+            max_retries: 0,
+            ..POLICY
+        });
+        let stale = Attempt {
+            untouched: true,
+            reused: true,
+            method: &Method::POST,
+            ..sent(&reset)
+        };
+        assert_eq!(
+            attempts.judge(&stale),
+            Verdict::Repeat,
+            "even without retries: nothing was sent"
+        );
+        let mut attempts = Attempts::new(POLICY);
+        let broken = Attempt {
+            reused: true,
+            ..sent(&reset)
+        };
+        assert_eq!(attempts.judge(&broken), Verdict::Reconnect);
+        assert_eq!(attempts.judge(&broken), Verdict::MoveOn);
+    }
+
+    #[test]
+    fn the_other_version_of_http_is_tried_once_and_without_counting_as_a_retry() {
+        let protocol = Error::Protocol(target(), "HTTP/1.1", "no HTTP".into());
+        let mut attempts = Attempts::new(RetryPolicy {
+            max_retries: 0,
+            ..POLICY
+        });
+        let undecided = Attempt {
+            undecided: true,
+            method: &Method::POST,
+            ..sent(&protocol)
+        };
+        assert_eq!(attempts.judge(&undecided), Verdict::Switch);
+        assert_eq!(attempts.judge(&undecided), Verdict::GiveUp);
+        assert_eq!(
+            Attempts::new(POLICY).judge(&sent(&protocol)),
+            Verdict::GiveUp,
+            "the version is known"
+        );
     }
 
     proptest! {

@@ -43,6 +43,15 @@ pub(crate) enum Wire {
 }
 
 impl Wire {
+    /// Returns the other one.
+    #[must_use]
+    pub(crate) fn other(self) -> Self {
+        match self {
+            Self::Http1 => Self::H2c,
+            Self::H2c => Self::Http1,
+        }
+    }
+
     /// Names the protocol as access records do.
     #[must_use]
     pub(crate) fn as_str(self) -> &'static str {
@@ -96,6 +105,8 @@ struct Shared {
 pub(crate) struct Upstream {
     shared: Arc<Shared>,
     pools: Arc<Mutex<HashMap<(Target, Wire), Pool>>>,
+    /// What the ports have answered in; kept as long as there are connections to them.
+    spoken: Arc<Mutex<HashMap<Target, Wire>>>,
 }
 
 #[derive(Clone)]
@@ -116,18 +127,22 @@ impl Upstream {
     /// Makes empty pools over `connect`; connections unused for `idle_timeout` are closed. Its tasks run under `drain`.
     #[must_use]
     pub(crate) fn new(connect: Arc<dyn Connect>, idle_timeout: Duration, drain: Drain) -> Self {
-        let pools: Arc<Mutex<HashMap<(Target, Wire), Pool>>> = Arc::default();
-        let (swept, waiting) = (pools.clone(), drain.clone());
+        let this = Self {
+            shared: Arc::new(Shared {
+                connect,
+                drain: drain.clone(),
+            }),
+            pools: Arc::default(),
+            spoken: Arc::default(),
+        };
+        let (swept, waiting) = (this.clone(), drain.clone());
         drain.spawn(async move {
             tokio::select! {
                 () = waiting.started() => {}
-                () = sweep(&swept, idle_timeout) => {}
+                () = swept.sweep(idle_timeout) => {}
             }
         });
-        Self {
-            shared: Arc::new(Shared { connect, drain }),
-            pools,
-        }
+        this
     }
 
     /// Sends `request` to `target` and waits for the response's headers. Dropping the future gives up the request; on
@@ -179,6 +194,19 @@ impl Upstream {
         }
     }
 
+    /// Returns which protocol a port is known to speak.
+    pub(crate) fn spoken(&self, target: &Target) -> Option<Wire> {
+        lock(&self.spoken).get(target).copied()
+    }
+
+    /// Remembers which protocol a port speaks.
+    pub(crate) fn learn(&self, target: &Target, wire: Wire) {
+        let mut spoken = lock(&self.spoken);
+        if spoken.get(target) != Some(&wire) {
+            spoken.insert(target.clone(), wire);
+        }
+    }
+
     fn pool(&self, target: &Target, wire: Wire) -> Pool {
         let mut pools = lock(&self.pools);
         if let Some(pool) = pools.get(&(target.clone(), wire)) {
@@ -191,27 +219,34 @@ impl Upstream {
         pools.insert((target.clone(), wire), pool.clone());
         pool
     }
-}
 
-/// Closes idle connections and forgets empty pools, at least each minute (contract G2).
-async fn sweep(pools: &Mutex<HashMap<(Target, Wire), Pool>>, idle_timeout: Duration) {
-    let period = (idle_timeout / 10).clamp(Duration::from_millis(10), Duration::from_mins(1));
-    let mut ticks = tokio::time::interval(period);
-    loop {
-        ticks.tick().await;
-        let Some(limit) = Instant::now().checked_sub(idle_timeout) else {
-            continue;
-        };
-        lock(pools).retain(|(target, wire), pool| {
-            let keep = match pool {
-                Pool::Http1(pool) => pool.expire(limit),
-                Pool::H2c(pool) => pool.expire(limit),
+    /// Closes idle connections and forgets empty pools, at least each minute (contract G2).
+    async fn sweep(&self, idle_timeout: Duration) {
+        let period = (idle_timeout / 10).clamp(Duration::from_millis(10), Duration::from_mins(1));
+        let mut ticks = tokio::time::interval(period);
+        loop {
+            ticks.tick().await;
+            let Some(limit) = Instant::now().checked_sub(idle_timeout) else {
+                continue;
             };
-            if !keep {
-                debug!(%target, protocol = wire.as_str(), "idle connections closed");
-            }
-            keep
-        });
+            let mut pools = lock(&self.pools);
+            pools.retain(|(target, wire), pool| {
+                let keep = match pool {
+                    Pool::Http1(pool) => pool.expire(limit),
+                    Pool::H2c(pool) => pool.expire(limit),
+                };
+                if !keep {
+                    debug!(%target, protocol = wire.as_str(), "idle connections closed");
+                }
+                keep
+            });
+            let used = |target: &Target| {
+                [Wire::Http1, Wire::H2c]
+                    .iter()
+                    .any(|wire| pools.contains_key(&(target.clone(), *wire)))
+            };
+            lock(&self.spoken).retain(|target, _| used(target));
+        }
     }
 }
 

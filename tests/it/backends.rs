@@ -96,7 +96,7 @@ async fn a_transfer_coding_wins_over_a_contradicting_length() {
 }
 
 #[tokio::test]
-async fn an_answer_that_is_no_http_is_a_502_and_is_not_asked_for_again() {
+async fn an_answer_that_is_no_http_is_a_502_after_both_versions() {
     let cluster = FakeCluster::start().await.unwrap();
     let (address, seen) = scripted(b"SSH-2.0-OpenSSH_9.2\r\n").await;
     let _workload = behind(&cluster, address);
@@ -108,7 +108,39 @@ async fn an_answer_that_is_no_http_is_a_502_and_is_not_asked_for_again() {
         "{}",
         reply.text()
     );
-    assert_eq!(seen.load(Ordering::SeqCst), 1);
+    assert_eq!(seen.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
+async fn a_port_that_says_nothing_of_itself_is_asked_once_and_remembered() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let h2c = Serve::Http(Protocols::Http2);
+    let workload = cluster
+        .workload("shop", "web")
+        .port("", 80, 8080)
+        .serve(h2c)
+        .create()
+        .unwrap();
+    let app = TestApp::start(&cluster).await;
+    let mut client = Client::http1(app.address).await;
+    for _ in 0..5 {
+        let request = Request::post("/")
+            .header("host", WEB)
+            .body(Full::from("body"))
+            .unwrap();
+        let reply = Reply::read(client.send(request).await).await;
+        assert_eq!(
+            (reply.status, &reply.json()["proto"]),
+            (StatusCode::OK, &"HTTP/2.0".into()),
+            "{}",
+            reply.text()
+        );
+    }
+    assert_eq!(
+        workload.pods[0].backends[0].connections(),
+        2,
+        "one in each version, and no more"
+    );
 }
 
 #[tokio::test]

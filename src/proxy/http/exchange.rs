@@ -15,14 +15,12 @@ use crate::proxy::http::headers;
 use crate::proxy::http::upgrade::Upgrade;
 use crate::proxy::replay::{Replay, RequestBody};
 use crate::proxy::reply;
+use crate::proxy::retry::{Attempt, Attempts, Verdict};
 use crate::proxy::route::{Hint, Route, route};
 use crate::proxy::upstream::{Answer, Failure, Fresh, Wire};
 use crate::registry::{self, InFlight, PodRef};
 use crate::traffic::AccessRecord;
 use crate::transport::{ConnectError, Target};
-
-/// How many idle connections may prove dead before that counts as a failure of the endpoint.
-const STALE_CONNECTIONS: u32 = 8;
 
 /// Where a request is to go, as its host says.
 pub(super) struct Destination {
@@ -44,9 +42,9 @@ pub(super) async fn exchange(
 ) -> Result<(Answer, InFlight), Error> {
     let grpc = reply::is_grpc(request.headers());
     let pending = Pending::new(request, upgrade.is_some(), record);
+    let mut attempts = Attempts::new(context.retry);
     let mut failed: Vec<PodRef> = Vec::new();
-    let (mut pauses, mut resent, mut stale) = (0, 0, 0);
-    let mut fresh = Fresh::No;
+    let (mut pauses, mut fresh, mut switched) = (0, Fresh::No, None);
     loop {
         let Route { mut candidates, hint } = locate(context, destination).await?;
         if candidates
@@ -56,17 +54,20 @@ pub(super) async fn exchange(
             failed.clear();
         }
         candidates.retain(|(endpoint, _)| !failed.contains(&endpoint.pod));
-        let (endpoint, port) = registry::pick(&candidates, |(endpoint, _)| endpoint, &context.cursor)
-            .expect("a route has candidates, and not all of them have failed");
+        let last = candidates.len() == 1;
+        let (endpoint, port) = match &switched {
+            Some((endpoint, port, _)) => (endpoint, port),
+            None => registry::pick(&candidates, |(endpoint, _)| endpoint, &context.cursor)
+                .map(|(endpoint, port)| (endpoint, port))
+                .expect("a route has candidates, and not all of them have failed"),
+        };
+        let (endpoint, port) = (endpoint.clone(), *port);
         let target = Target {
             pod: endpoint.pod.clone(),
-            port: *port,
+            port,
         };
-        let wire = if grpc || hint == Hint::H2c {
-            Wire::H2c
-        } else {
-            Wire::Http1
-        };
+        let choice = choose(upgrade.is_some(), grpc, hint, context.upstream.spoken(&target));
+        let wire = switched.as_ref().map_or(choice.wire, |_| choice.wire.other());
 
         let in_flight = endpoint.load.begin();
         record.attempts += 1;
@@ -81,40 +82,47 @@ pub(super) async fn exchange(
             Ok(answer) => {
                 record.reused = Some(answer.reused);
                 pending.give_up();
+                if choice.undecided {
+                    context.upstream.learn(&target, wire);
+                }
                 return Ok((answer, in_flight));
             }
             Err(failure) => failure,
         };
         record.reused = Some(reused);
         let replayable = pending.recover().await;
-        let permitted = context
-            .retry
-            .permits(pending.method(), &error, untouched, replayable);
-        debug!(%target, %error, attempt = record.attempts, reused, untouched, replayable, permitted, "attempt failed");
-        if reused && replayable && untouched && stale < STALE_CONNECTIONS {
-            // An idle connection had died. That says nothing about the endpoint, and the request never left.
-            stale += 1;
-            continue;
-        }
-        if !permitted {
-            return Err(error);
-        }
-        if !untouched && !error.is_before_send() {
-            if resent == context.retry.max_retries {
-                return Err(error);
-            }
-            resent += 1;
-            if reused && fresh == Fresh::No {
-                // The connection may have died while it was idle, so the endpoint gets one more chance on a new one.
+        let (undecided, guessed) = (choice.undecided, choice.undecided && hint == Hint::None);
+        let attempt = Attempt {
+            method: pending.method(),
+            error: &error,
+            untouched,
+            reused,
+            replayable,
+            undecided,
+            guessed,
+        };
+        let verdict = attempts.judge(&attempt);
+        debug!(%target, ?attempt, ?verdict, "attempt failed");
+        // That the other version failed too says less than why the first one did.
+        let error = switched.take().map_or(error, |(.., first)| first);
+        match verdict {
+            Verdict::Repeat => continue,
+            Verdict::Reconnect => {
                 fresh = Fresh::Yes;
                 continue;
             }
+            Verdict::Switch => {
+                switched = Some((endpoint, port, error));
+                continue;
+            }
+            Verdict::GiveUp => return Err(error),
+            Verdict::MoveOn => {}
         }
         if matches!(error, Error::Connect(_, ConnectError::PodGone(_))) {
             context.registry.recheck(&destination.service);
         }
         failed.push(endpoint.pod.clone());
-        if candidates.len() == 1 {
+        if last {
             if pauses == context.retry.max_retries {
                 return Err(error);
             }
@@ -122,6 +130,26 @@ pub(super) async fn exchange(
             pauses += 1;
         }
     }
+}
+
+/// The protocol for one attempt.
+struct Choice {
+    wire: Wire,
+    /// Whether the other one may be tried: nobody knows what the port speaks, and the request allows either.
+    undecided: bool,
+}
+
+/// Chooses by what the request needs, else by what the port has spoken before, else by what the Service says of it.
+fn choose(upgrade: bool, grpc: bool, hint: Hint, spoken: Option<Wire>) -> Choice {
+    let (wire, undecided) = match (spoken, hint) {
+        // Leaving HTTP is a matter of HTTP/1.1.
+        _ if upgrade => (Wire::Http1, false),
+        _ if grpc => (Wire::H2c, false),
+        (Some(wire), _) => (wire, false),
+        (None, Hint::H2c) => (Wire::H2c, true),
+        (None, Hint::None) => (Wire::Http1, true),
+    };
+    Choice { wire, undecided }
 }
 
 async fn locate(context: &Context, destination: &Destination) -> Result<Route, Error> {

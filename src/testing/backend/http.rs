@@ -11,6 +11,7 @@ use http::{Request, Response};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::rt::Executor;
+use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
@@ -112,24 +113,34 @@ async fn serve(stream: TcpStream, tasks: TaskTracker, protocols: Protocols, shar
         let (shared, grpc, tasks) = (shared.clone(), grpc.clone(), spawner.clone());
         async move { Ok::<_, Infallible>(answer(shared, grpc, &tasks, request).await) }
     });
-    let mut builder = auto::Builder::new(Tracked(tasks));
-    builder.http1().timer(TokioTimer::new());
+    let io = TokioIo::new(stream);
     // WebSockets over HTTP/2 (RFC 8441), and windows that do not hold bulk transfers back.
-    builder
-        .http2()
-        .timer(TokioTimer::new())
-        .enable_connect_protocol()
-        .initial_stream_window_size(1 << 20)
-        .initial_connection_window_size(4 << 20);
-    let builder = match protocols {
-        Protocols::Any => builder,
-        Protocols::Http1 => builder.http1_only(),
-        Protocols::Http2 => builder.http2_only(),
+    let ended = match protocols {
+        Protocols::Any => {
+            let mut builder = auto::Builder::new(Tracked(tasks));
+            builder.http1().timer(TokioTimer::new());
+            builder
+                .http2()
+                .timer(TokioTimer::new())
+                .enable_connect_protocol()
+                .initial_stream_window_size(1 << 20)
+                .initial_connection_window_size(4 << 20);
+            builder.serve_connection_with_upgrades(io, service).await
+        }
+        // Not the builder above with one version chosen: with upgrades it still takes both.
+        Protocols::Http1 => {
+            let connection = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .serve_connection(io, service);
+            connection.with_upgrades().await.map_err(Into::into)
+        }
+        Protocols::Http2 => {
+            let mut builder = http2::Builder::new(Tracked(tasks));
+            builder.timer(TokioTimer::new()).enable_connect_protocol();
+            builder.serve_connection(io, service).await.map_err(Into::into)
+        }
     };
-    if let Err(error) = builder
-        .serve_connection_with_upgrades(TokioIo::new(stream), service)
-        .await
-    {
+    if let Err(error) = ended {
         tracing::debug!(%error, "backend connection failed");
     }
 }
