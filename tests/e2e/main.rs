@@ -29,5 +29,6 @@ mod ports;
 mod program;
 mod rights;
 mod scene;
+mod stalled;
 mod traffic;
 mod trouble;

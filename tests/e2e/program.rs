@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 
+use tempfile::TempDir;
+
 use crate::command::{Done, eventually, finish};
 use crate::note::note;
 
@@ -17,6 +19,8 @@ pub(crate) struct Proxy {
     pub(crate) address: SocketAddr,
     child: Child,
     log: Arc<Mutex<Vec<String>>>,
+    /// Its settings and its state.
+    _folder: TempDir,
 }
 
 impl Proxy {
@@ -32,7 +36,8 @@ impl Proxy {
 
     /// Starts with further flags.
     pub(crate) async fn with(flags: &[&str]) -> Self {
-        let mut command = command(flags);
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = command(folder.path(), flags);
         command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -47,7 +52,12 @@ impl Proxy {
             }
         });
         let address = SocketAddr::from(([0, 0, 0, 0], 0));
-        let mut proxy = Self { address, child, log };
+        let mut proxy = Self {
+            address,
+            child,
+            log,
+            _folder: folder,
+        };
         eventually("the proxy to listen", async || {
             assert!(
                 proxy.child.try_wait().unwrap().is_none(),
@@ -62,7 +72,8 @@ impl Proxy {
 
     /// Runs what must end by itself.
     pub(crate) async fn fails(flags: &[&str]) -> Done {
-        finish(command(flags).into(), "").await
+        let folder = tempfile::tempdir().unwrap();
+        finish(command(folder.path(), flags).into(), "").await
     }
 
     /// Finds the address in the log.
@@ -128,20 +139,23 @@ impl Drop for Proxy {
     }
 }
 
-/// The command line on a free port of 127.0.0.1.
-fn command(flags: &[&str]) -> Command {
+/// The command line on a free port of 127.0.0.1, with no settings but the flags, and nothing written to the user's folders.
+fn command(folder: &Path, flags: &[&str]) -> Command {
+    let settings = folder.join("config.toml");
+    std::fs::write(&settings, "").unwrap();
     let mut command = Command::new(binary());
     command
-        .args(["-port=0", "--bind=127.0.0.1"])
-        .args(flags)
-        .env("LOG_LEVEL", "debug");
-    // They are the suite's, and settings of the program begin the same way.
-    for name in [
-        "KUBE_TUNNEL_BIN",
-        "KUBE_TUNNEL_TEST_IMAGE",
-        "KUBE_TUNNEL_CLUSTER_STATE",
-    ] {
-        command.env_remove(name);
+        .arg("--config")
+        .arg(settings)
+        .arg("--state-dir")
+        .arg(folder.join("state"));
+    command
+        .args(["-port=0", "--bind=127.0.0.1", "--log-level=debug"])
+        .args(flags);
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("KUBE_TUNNEL_") {
+            command.env_remove(name);
+        }
     }
     command
 }
