@@ -52,7 +52,7 @@ impl App {
             registry,
             forward,
             clients.clone(),
-            background.clone(),
+            &background,
         );
         for address in proxy.addresses() {
             info!(%address, "listening");

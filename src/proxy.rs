@@ -81,7 +81,7 @@ impl Proxy {
         registry: Registry,
         connect: Arc<dyn Connect>,
         clients: Drain,
-        pods: Drain,
+        pods: &Drain,
     ) -> Self {
         let context = Context {
             naming: config.naming.clone(),

@@ -126,7 +126,7 @@ impl fmt::Debug for Upstream {
 impl Upstream {
     /// Makes empty pools over `connect`; connections unused for `idle_timeout` are closed. Its tasks run under `drain`.
     #[must_use]
-    pub(crate) fn new(connect: Arc<dyn Connect>, idle_timeout: Duration, drain: Drain) -> Self {
+    pub(crate) fn new(connect: Arc<dyn Connect>, idle_timeout: Duration, drain: &Drain) -> Self {
         let this = Self {
             shared: Arc::new(Shared {
                 connect,
