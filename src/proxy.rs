@@ -41,6 +41,8 @@ pub struct Config {
     pub naming: Naming,
     /// What is tried again.
     pub retry: RetryPolicy,
+    /// Whether requests tell the pod about the client (`X-Forwarded-*`, `Via`).
+    pub forwarded_headers: bool,
     /// How long a client may take to say which protocol it speaks, and to send the headers of a request.
     pub header_timeout: Duration,
     /// How long a connection to a pod is kept without use.
@@ -52,6 +54,7 @@ pub struct Config {
 struct Context {
     naming: Naming,
     retry: RetryPolicy,
+    forwarded_headers: bool,
     header_timeout: Duration,
     /// The server's side of TLS.
     tls: Arc<ServerConfig>,
@@ -86,6 +89,7 @@ impl Proxy {
         let context = Context {
             naming: config.naming.clone(),
             retry: config.retry,
+            forwarded_headers: config.forwarded_headers,
             header_timeout: config.header_timeout,
             tls,
             registry,

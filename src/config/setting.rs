@@ -175,6 +175,14 @@ pub static HEADER_TIMEOUT: Setting = Setting::new(
     "How long a client may take to send the headers of a request, or leave an HTTP/1.1 connection without one",
     "Long enough for a slow link and a thinking user, short enough that silent clients do not pile up. Bodies have no limit.",
 );
+/// Whether pods are told about the client.
+pub static FORWARDED_HEADERS: Setting = Setting::new(
+    "forwarded-headers",
+    Kind::Switch,
+    Some("false"),
+    "Add `X-Forwarded-For`, `-Host`, `-Proto` and `Via` to requests",
+    "Off, because a pod should see what it would see in the cluster. On, what a client sent in `X-Forwarded-*` is replaced.",
+);
 /// How long a request waits for a lookup.
 pub static RESOLVE_TIMEOUT: Setting = Setting::new(
     "resolve-timeout",
@@ -274,6 +282,7 @@ pub static ALL: &[&Setting] = &[
     &IDLE_TIMEOUT,
     &DRAIN_TIMEOUT,
     &HEADER_TIMEOUT,
+    &FORWARDED_HEADERS,
     &RESOLVE_TIMEOUT,
     &API_TIMEOUT,
     &POLL_INTERVAL,

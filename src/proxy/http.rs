@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use crate::name::{Authority, Host};
 use crate::proxy::body::{ResponseBody, grpc_status};
-use crate::proxy::connection::Downstream;
+use crate::proxy::connection::{Downstream, Security};
 use crate::proxy::error::Error;
 use crate::proxy::http::exchange::{Destination, exchange};
 use crate::proxy::http::upgrade::Upgrade;
@@ -78,6 +78,7 @@ async fn dispatch(
                 service,
                 hostname,
                 port: port.unwrap_or(downstream.default_port()),
+                secure: downstream.security != Security::Cleartext,
             };
             let (answer, in_flight) = exchange(context, &destination, request, upgrade, record).await?;
             Ok(Answered::Pod(answer, in_flight))

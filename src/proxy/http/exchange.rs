@@ -27,6 +27,8 @@ pub(super) struct Destination {
     pub(super) service: ServiceName,
     pub(super) hostname: Option<Arc<str>>,
     pub(super) port: u16,
+    /// Whether the client came over TLS.
+    pub(super) secure: bool,
 }
 
 /// Sends the request to one endpoint after the other until one answers or nothing is left to try.
@@ -41,7 +43,15 @@ pub(super) async fn exchange(
     record: &mut AccessRecord,
 ) -> Result<(Answer, InFlight), Error> {
     let grpc = reply::is_grpc(request.headers());
-    let pending = Pending::new(request, upgrade.is_some(), record);
+    let mut pending = Pending::new(request, upgrade.is_some(), record);
+    if context.forwarded_headers {
+        headers::add_forwarded(
+            &mut pending.head,
+            record.client.ip(),
+            &record.authority,
+            destination.secure,
+        );
+    }
     let mut attempts = Attempts::new(context.retry);
     let mut failed: Vec<PodRef> = Vec::new();
     let (mut pauses, mut fresh, mut switched) = (0, Fresh::No, None);
@@ -157,6 +167,7 @@ async fn locate(context: &Context, destination: &Destination) -> Result<Route, E
         service,
         hostname,
         port,
+        ..
     } = destination;
     let view = context
         .registry

@@ -1,9 +1,11 @@
 //! What the proxy changes about a message's head: hop-by-hop fields go, and the target takes the form of the next protocol.
 //! Everything else passes untouched.
 
+use std::net::IpAddr;
+
 use http::header::{
     CONNECTION, CONTENT_LENGTH, COOKIE, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRAILER,
-    TRANSFER_ENCODING, UPGRADE,
+    TRANSFER_ENCODING, UPGRADE, VIA,
 };
 use http::request::Parts;
 use http::uri::{PathAndQuery, Scheme, Uri};
@@ -101,6 +103,31 @@ fn keep(headers: &mut HeaderMap, wanted: impl Fn(&HeaderName) -> bool) {
         }
     }
     *headers = kept;
+}
+
+/// Tells the pod about the client and its way here. What the client said of itself in these fields has no meaning.
+pub(super) fn add_forwarded(parts: &mut Parts, client: IpAddr, authority: &str, secure: bool) {
+    let version = match parts.version {
+        Version::HTTP_10 => "1.0",
+        Version::HTTP_2 => "2.0",
+        _ => "1.1",
+    };
+    let fields = [
+        ("x-forwarded-for", client.to_string()),
+        ("x-forwarded-host", authority.to_owned()),
+        (
+            "x-forwarded-proto",
+            if secure { "https" } else { "http" }.to_owned(),
+        ),
+    ];
+    for (name, value) in fields {
+        if let Ok(value) = HeaderValue::try_from(value) {
+            parts.headers.insert(name, value);
+        }
+    }
+    if let Ok(via) = HeaderValue::try_from(format!("{version} kube-tunnel")) {
+        parts.headers.append(VIA, via); // each proxy on the way adds its own (RFC 9110 section 7.6.3)
+    }
 }
 
 /// Gives the request's head the form that `wire` wants. `body`: whether one follows.
@@ -271,6 +298,26 @@ mod tests {
         assert_eq!(parts.headers["host"], "a.b:81");
         assert_eq!(parts.headers["cookie"], "a=1; b=2");
         assert_eq!(parts.headers["connection"], "te");
+    }
+
+    #[test]
+    fn forwarded_fields_replace_what_the_client_claims() {
+        let mut parts = request("/", Version::HTTP_11, &["a.b"]).into_parts().0;
+        parts
+            .headers
+            .insert("x-forwarded-for", HeaderValue::from_static("10.0.0.1"));
+        parts.headers.insert("via", HeaderValue::from_static("1.0 other"));
+        add_forwarded(&mut parts, IpAddr::from([127, 0, 0, 1]), "a.b", true);
+        assert_eq!(parts.headers["x-forwarded-for"], "127.0.0.1");
+        assert_eq!(
+            (
+                &parts.headers["x-forwarded-host"],
+                &parts.headers["x-forwarded-proto"]
+            ),
+            (&"a.b".parse().unwrap(), &"https".parse().unwrap())
+        );
+        let via: Vec<_> = parts.headers.get_all("via").iter().collect();
+        assert_eq!(via, ["1.0 other", "1.1 kube-tunnel"]);
     }
 
     #[test]
