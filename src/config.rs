@@ -97,6 +97,7 @@ impl Config {
                     max_retries: layers.parse(&s::MAX_RETRIES)?,
                     base_delay: Duration::from_millis(layers.parse(&s::RETRY_DELAY_MS)?),
                 },
+                cors: layers.parse(&s::CORS_ALLOW_ORIGIN)?,
                 forwarded_headers: layers.switch(&s::FORWARDED_HEADERS)?,
                 header_timeout: layers.duration(&s::HEADER_TIMEOUT)?,
                 idle_timeout,

@@ -3,6 +3,7 @@
 
 mod body;
 mod connection;
+mod cors;
 pub mod detect;
 mod error;
 mod h2c;
@@ -26,6 +27,7 @@ use crate::name::Naming;
 use crate::registry::{Cursor, Registry};
 use crate::transport::Connect;
 
+pub use cors::AllowOrigin;
 pub use error::{Error, Reply};
 pub use listener::{Bind, BindError, Listener};
 pub use retry::RetryPolicy;
@@ -41,6 +43,8 @@ pub struct Config {
     pub naming: Naming,
     /// What is tried again.
     pub retry: RetryPolicy,
+    /// Which origins may read the responses of backends that say nothing about it.
+    pub cors: AllowOrigin,
     /// Whether requests tell the pod about the client (`X-Forwarded-*`, `Via`).
     pub forwarded_headers: bool,
     /// How long a client may take to say which protocol it speaks, and to send the headers of a request.
@@ -54,6 +58,7 @@ pub struct Config {
 struct Context {
     naming: Naming,
     retry: RetryPolicy,
+    cors: AllowOrigin,
     forwarded_headers: bool,
     header_timeout: Duration,
     /// The server's side of TLS.
@@ -89,6 +94,7 @@ impl Proxy {
         let context = Context {
             naming: config.naming.clone(),
             retry: config.retry,
+            cors: config.cors.clone(),
             forwarded_headers: config.forwarded_headers,
             header_timeout: config.header_timeout,
             tls,

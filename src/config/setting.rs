@@ -175,6 +175,15 @@ pub static HEADER_TIMEOUT: Setting = Setting::new(
     "How long a client may take to send the headers of a request, or leave an HTTP/1.1 connection without one",
     "Long enough for a slow link and a thinking user, short enough that silent clients do not pile up. Bodies have no limit.",
 );
+/// Which web pages may read responses.
+pub static CORS_ALLOW_ORIGIN: Setting = Setting::new(
+    "cors-allow-origin",
+    Kind::Text("`local`, `none`, `*`, or origins with commas"),
+    Some("local"),
+    "Web pages that may read the responses of backends which say nothing about it themselves",
+    "`local` is pages of this machine and of the cluster's zone: every other site that you visit must not read your cluster. \
+     `*` allows all of them. Credentials are never allowed.",
+);
 /// Whether pods are told about the client.
 pub static FORWARDED_HEADERS: Setting = Setting::new(
     "forwarded-headers",
@@ -282,6 +291,7 @@ pub static ALL: &[&Setting] = &[
     &IDLE_TIMEOUT,
     &DRAIN_TIMEOUT,
     &HEADER_TIMEOUT,
+    &CORS_ALLOW_ORIGIN,
     &FORWARDED_HEADERS,
     &RESOLVE_TIMEOUT,
     &API_TIMEOUT,

@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use crate::name::{Authority, Host};
 use crate::proxy::body::{ResponseBody, grpc_status};
 use crate::proxy::connection::{Downstream, Security};
+use crate::proxy::cors::Cors;
 use crate::proxy::error::Error;
 use crate::proxy::http::exchange::{Destination, exchange};
 use crate::proxy::http::upgrade::Upgrade;
@@ -34,6 +35,7 @@ pub(super) async fn answer(
     let mut record = AccessRecord::new(client, protocol, request.method().clone(), path);
     let version = request.version();
     let form = Form::of(request.headers());
+    let cors = Cors::of(&request, &context.cors, &context.naming.zone);
     let authority = headers::authority(&request);
     let upgrade = Upgrade::take(&mut request);
     let answered = match authority {
@@ -43,7 +45,7 @@ pub(super) async fn answer(
         }
         Err(error) => Err(error),
     };
-    Ok(match (answered, upgrade) {
+    let response = match (answered, upgrade) {
         (Ok(Answered::Pod(answer, in_flight)), Some(upgrade))
             if answer.response.status() == StatusCode::SWITCHING_PROTOCOLS =>
         {
@@ -52,7 +54,8 @@ pub(super) async fn answer(
         (Ok(Answered::Pod(answer, in_flight)), _) => pass_on(answer, in_flight, record),
         (Ok(Answered::Health), _) => own::health(&downstream, version, form == Form::Grpc, record),
         (Err(error), _) => reply::fail(form, &error, record),
-    })
+    };
+    Ok(cors.complete(response))
 }
 
 /// Who has the answer.

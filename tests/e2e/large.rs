@@ -18,7 +18,7 @@ use crate::note::note;
 use crate::program::Proxy;
 use crate::scene::Scene;
 
-const SIZE: usize = 1 << 30;
+pub(crate) const SIZE: usize = 1 << 30;
 const CHUNK: usize = 64 << 10;
 /// How much the program may need beyond what it has at rest.
 const GROWTH: u64 = 64 << 20;
@@ -129,7 +129,7 @@ async fn an_upload_of_one_gibibyte_needs_no_memory_for_it() {
 }
 
 /// Makes an upload that counts the bytes that were taken from it.
-fn upload(host: &str, size: usize, taken: Arc<AtomicUsize>) -> Request<Body> {
+pub(crate) fn upload(host: &str, size: usize, taken: Arc<AtomicUsize>) -> Request<Body> {
     let chunks = repeat_n(Bytes::from(vec![7; CHUNK]), size / CHUNK).map(move |chunk| {
         taken.fetch_add(chunk.len(), Ordering::Relaxed);
         Ok(Frame::data(chunk))

@@ -1,15 +1,42 @@
 //! Peers that stop reading for a while: they are waited for, not cut. That nothing happens takes its time to show.
 
+use std::sync::Arc;
+
 use http_body_util::BodyExt;
 use tokio::task::JoinSet;
 use tokio::time::Duration;
 
 use crate::client::{Client, PROTOCOLS, get};
+use crate::large::{SIZE, upload};
 use crate::program::Proxy;
 use crate::scene::Scene;
 
 /// Longer than any time after which a connection counts as dead.
 const PAUSE: Duration = Duration::from_secs(25);
+
+#[tokio::test]
+async fn an_upload_waits_for_a_pod_that_does_not_read() {
+    let scene = Scene::together().await;
+    let proxy = Proxy::start().await;
+    let host = format!("{}:9002", scene.shop.host("multi"));
+    let mut uploads = JoinSet::new();
+    for protocol in PROTOCOLS {
+        let mut client = Client::connect(proxy.address, protocol).await.unwrap();
+        let request = upload(&host, SIZE, Arc::default());
+        uploads.spawn(async move {
+            let response = client.send(request).await?;
+            let status = response.status();
+            let body = response.into_body().collect().await?.to_bytes();
+            anyhow::Ok(format!(
+                "{protocol:?}: {status} {}",
+                String::from_utf8_lossy(&body)
+            ))
+        });
+    }
+    if let Ok(ended) = tokio::time::timeout(PAUSE, uploads.join_next()).await {
+        panic!("the pod reads nothing and closes nothing, but the upload ended: {ended:?}");
+    }
+}
 
 #[tokio::test]
 async fn a_download_waits_for_a_client_that_does_not_read() {

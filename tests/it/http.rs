@@ -313,3 +313,21 @@ async fn health_answers_on_own_hosts_and_belongs_to_the_backend_on_others() {
         workload.pods[0].name
     );
 }
+
+#[tokio::test]
+async fn pages_of_this_machine_may_read_and_other_sites_may_not() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let _workload = web(&cluster, 1);
+    let app = TestApp::start(&cluster).await;
+    let mut client = Client::http1(app.address).await;
+    for (origin, allowed) in [("http://localhost:3000", true), ("https://evil.example", false)] {
+        let mut request = get(WEB, "/");
+        request.headers_mut().insert("origin", origin.parse().unwrap());
+        let reply = Reply::read(client.send(request).await).await;
+        let leave = reply
+            .headers
+            .get("access-control-allow-origin")
+            .map(|value| value.to_str().unwrap());
+        assert_eq!(leave, allowed.then_some(origin));
+    }
+}
