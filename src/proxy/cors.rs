@@ -103,7 +103,10 @@ fn is_local(origin: &str, zone: &ClusterDomain) -> bool {
         // Of the short forms of a Service's name any could be a site of the Internet.
         Err(_) => match naming.parse(&host).map(|authority| authority.host) {
             Ok(Host::Own) => true,
-            Ok(Host::Service { .. }) => host.trim_end_matches('.').ends_with(zone.as_str()),
+            Ok(Host::Service { .. }) => host
+                .trim_end_matches('.')
+                .strip_suffix(zone.as_str())
+                .is_some_and(|name| name.ends_with('.')),
             _ => false,
         },
     }
@@ -195,12 +198,12 @@ mod tests {
 
     const APP: &str = "https://app.example.com";
 
-    fn request(method: Method, origin: Option<&str>) -> Request<()> {
-        let mut builder = Request::builder().method(method.clone());
+    fn request(method: &Method, origin: Option<&str>) -> Request<()> {
+        let mut builder = Request::builder().method(method);
         if let Some(origin) = origin {
             builder = builder.header(ORIGIN, origin);
         }
-        if method == Method::OPTIONS {
+        if *method == Method::OPTIONS {
             builder = builder
                 .header(ACCESS_CONTROL_REQUEST_METHOD, "PUT")
                 .header(ACCESS_CONTROL_REQUEST_HEADERS, "x-a, x-b");
@@ -252,7 +255,7 @@ mod tests {
 
     #[test]
     fn an_allowed_origin_may_read_what_the_backend_left_open() {
-        let response = answer(APP, &request(Method::GET, Some(APP)), 200, &[]);
+        let response = answer(APP, &request(&Method::GET, Some(APP)), 200, &[]);
         assert_eq!(response.headers()[ACCESS_CONTROL_ALLOW_ORIGIN], APP);
         assert_eq!(response.headers()[VARY], "Origin");
         assert!(
@@ -264,7 +267,7 @@ mod tests {
 
     #[test]
     fn a_foreign_origin_gets_the_response_without_leave_to_read_it() {
-        let response = answer("local", &request(Method::GET, Some(APP)), 200, &[]);
+        let response = answer("local", &request(&Method::GET, Some(APP)), 200, &[]);
         assert!(!response.headers().contains_key(ACCESS_CONTROL_ALLOW_ORIGIN));
         assert_eq!(response.headers()[VARY], "Origin");
     }
@@ -276,7 +279,7 @@ mod tests {
             ("access-control-allow-credentials", "true"),
         ];
         for policy in ["*", "local", APP] {
-            let response = answer(policy, &request(Method::GET, Some(APP)), 200, &own);
+            let response = answer(policy, &request(&Method::GET, Some(APP)), 200, &own);
             assert_eq!(
                 response.headers()[ACCESS_CONTROL_ALLOW_ORIGIN],
                 "https://other.example"
@@ -287,7 +290,7 @@ mod tests {
 
     #[test]
     fn a_preflight_is_answered_for_allowed_origins_where_the_backend_does_not() {
-        let preflight = request(Method::OPTIONS, Some(APP));
+        let preflight = request(&Method::OPTIONS, Some(APP));
         let response = answer(APP, &preflight, 405, &[]);
         assert_eq!(response.status(), 204);
         assert_eq!(response.headers()[ACCESS_CONTROL_ALLOW_METHODS], "PUT");
@@ -300,7 +303,7 @@ mod tests {
     #[test]
     fn requests_without_an_origin_are_left_alone() {
         assert!(
-            answer("*", &request(Method::GET, None), 200, &[])
+            answer("*", &request(&Method::GET, None), 200, &[])
                 .headers()
                 .is_empty()
         );
@@ -308,7 +311,7 @@ mod tests {
 
     #[test]
     fn the_open_policy_never_comes_with_credentials() {
-        let response = answer("*", &request(Method::GET, Some(APP)), 200, &[]);
+        let response = answer("*", &request(&Method::GET, Some(APP)), 200, &[]);
         assert_eq!(response.headers()[ACCESS_CONTROL_ALLOW_ORIGIN], "*");
         assert!(
             !response
