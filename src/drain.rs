@@ -1,7 +1,7 @@
 //! Orderly shutdown: every task is spawned through a [`Drain`], which knows when the last one has ended.
 //!
 //! A drain has two steps. First its tasks are asked to finish what they do ([`Drain::started`]); when a deadline passes
-//! they are told to stop where they are ([`Drain::forced`]). Components that must end one after the other get a drain each.
+//! they are told to stop where they are by dropping their futures. Components that must end one after the other get a drain each.
 
 use std::future::Future;
 use std::time::Duration;
