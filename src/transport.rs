@@ -57,6 +57,9 @@ pub enum ConnectError {
     /// The credentials are missing, wrong or expired.
     #[error("{0}")]
     Unauthorized(String),
+    /// The API server itself cannot be reached: worth another try.
+    #[error("{0}")]
+    Unreachable(String),
     /// The API server or the node did not take the request: worth another try.
     #[error("{0}")]
     Unavailable(String),

@@ -121,6 +121,7 @@ impl Error {
             Self::Connect(_, error) => match error {
                 ConnectError::Forbidden(_) => (403, grpc::PERMISSION_DENIED, "UAEX"),
                 ConnectError::Unauthorized(_) => (401, grpc::UNAUTHENTICATED, "UAEX"),
+                ConnectError::Unreachable(_) => (503, grpc::UNAVAILABLE, "API"),
                 ConnectError::PodGone(_) | ConnectError::Unavailable(_) => (502, grpc::UNAVAILABLE, "UF"),
                 ConnectError::Timeout(..) => (504, grpc::DEADLINE_EXCEEDED, "UF"),
             },
@@ -146,7 +147,10 @@ impl Error {
             Self::Connect(_, error) => {
                 matches!(
                     error,
-                    ConnectError::PodGone(_) | ConnectError::Unavailable(_) | ConnectError::Timeout(..)
+                    ConnectError::PodGone(_)
+                        | ConnectError::Unreachable(_)
+                        | ConnectError::Unavailable(_)
+                        | ConnectError::Timeout(..)
                 )
             }
             _ => false,
@@ -171,7 +175,7 @@ fn lookup_text(service: &ServiceName, error: &LookupError) -> String {
         }
         LookupErrorKind::Forbidden => {
             format!(
-                "not allowed to look up service {service}: {message}; check with kubectl auth can-i list services -n {namespace}"
+                "not allowed to look up service {service}: {message}; check with kubectl auth can-i --list -n {namespace}"
             )
         }
         LookupErrorKind::Unauthorized => {
@@ -189,11 +193,14 @@ fn connect_text(target: &Target, error: &ConnectError) -> String {
     let namespace = &target.pod.namespace;
     match error {
         ConnectError::Forbidden(message) => format!(
-            "not allowed to forward to {target}: {message}; check with kubectl auth can-i create pods/portforward -n {namespace} (and get)"
+            "not allowed to forward to {target}: {message}; check with kubectl auth can-i --list -n {namespace}"
         ),
         ConnectError::Unauthorized(message) => {
             format!("the API server does not accept the credentials ({message}); log in again")
         }
+        ConnectError::Unreachable(message) => format!(
+            "no port-forward to {target}: the API server cannot be reached ({message}); check with kubectl cluster-info"
+        ),
         _ => format!(
             "port-forward to {target} failed: {error}; check with kubectl get pod {} -n {namespace}",
             target.pod.name

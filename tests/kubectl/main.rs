@@ -1,6 +1,10 @@
 //! Real kubectl binaries against the in-process cluster: `cargo test --test kubectl`.
 //!
 //! `KUBECTL` lists the binaries to try, separated like `PATH`; without it the `kubectl` on `PATH` is used.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a failed step fails the test, and the panic says where"
+)]
 
 mod process;
 
