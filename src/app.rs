@@ -11,7 +11,7 @@ use tracing::{info, warn};
 use crate::config::Config;
 use crate::drain::{Drain, Drained};
 use crate::k8s::{ChannelForward, Cluster, Discovery};
-use crate::proxy::{Listener, Proxy};
+use crate::proxy::{BackendTls, Listener, Proxy};
 use crate::registry;
 use crate::tls::{self, CertificateAuthority};
 
@@ -49,6 +49,7 @@ impl App {
             listener,
             &config.proxy,
             tls::server_config(authority(config)?)?,
+            BackendTls::new(&config.backend_tls)?,
             registry,
             forward,
             clients.clone(),

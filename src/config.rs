@@ -15,6 +15,7 @@ use crate::k8s;
 use crate::name::Naming;
 use crate::proxy::{self, Bind, RetryPolicy};
 use crate::telemetry;
+use crate::tls::Trust;
 
 pub use layer::{Layers, Source, Value};
 pub use setting::Setting;
@@ -51,6 +52,8 @@ pub struct Config {
     pub k8s: k8s::Config,
     /// The proxy.
     pub proxy: proxy::Config,
+    /// Whose word counts for the certificates of pods.
+    pub backend_tls: Trust,
     /// How long a request waits for the first answer about its Service.
     pub resolve_timeout: Duration,
     /// Where files live that outlast a run; nothing on a machine without a home folder.
@@ -102,6 +105,7 @@ impl Config {
                 header_timeout: layers.duration(&s::HEADER_TIMEOUT)?,
                 idle_timeout,
             },
+            backend_tls: layers.parse(&s::BACKEND_TLS)?,
             resolve_timeout: layers.duration(&s::RESOLVE_TIMEOUT)?,
             state_dir: layers
                 .text(&s::STATE_DIR)

@@ -31,6 +31,7 @@ pub use cors::AllowOrigin;
 pub use error::{Error, Reply};
 pub use listener::{Bind, BindError, Listener};
 pub use retry::RetryPolicy;
+pub use upstream::BackendTls;
 
 /// Settings of the proxy.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,6 +87,7 @@ impl Proxy {
         listener: Listener,
         config: &Config,
         tls: Arc<ServerConfig>,
+        backend_tls: BackendTls,
         registry: Registry,
         connect: Arc<dyn Connect>,
         clients: Drain,
@@ -99,7 +101,7 @@ impl Proxy {
             header_timeout: config.header_timeout,
             tls,
             registry,
-            upstream: upstream::Upstream::new(connect, config.idle_timeout, pods),
+            upstream: upstream::Upstream::new(connect, backend_tls, config.idle_timeout, pods),
             cursor: Cursor::default(),
             clients,
         };

@@ -1,7 +1,8 @@
 //! TLS towards clients: a local certificate authority, made once on this machine, and a certificate for each name that a
-//! client asks for.
+//! client asks for. TLS towards pods whose ports speak it.
 
 mod authority;
+mod backend;
 mod leaf;
 
 use std::io;
@@ -13,6 +14,7 @@ use rustls::crypto::ring;
 use rustls::server::ServerSessionMemoryCache;
 
 pub use authority::CertificateAuthority;
+pub use backend::{Trust, client_config};
 pub use leaf::Leaves;
 
 /// Sessions that may be resumed: enough for many short connections of many clients, little memory.
@@ -33,7 +35,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A file of the authority holds something else.
-    #[error("{} is damaged ({reason}); delete it, and trust the new server.crt", path.display())]
+    #[error("{} cannot be used ({reason})", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,

@@ -175,6 +175,15 @@ pub static HEADER_TIMEOUT: Setting = Setting::new(
     "How long a client may take to send the headers of a request, or leave an HTTP/1.1 connection without one",
     "Long enough for a slow link and a thinking user, short enough that silent clients do not pile up. Bodies have no limit.",
 );
+/// Whose word counts for pods' certificates.
+pub static BACKEND_TLS: Setting = Setting::new(
+    "backend-tls",
+    Kind::Text("`skip`, or the path of a PEM file"),
+    Some("skip"),
+    "Authorities that pods' certificates are checked against, where a Service's port speaks TLS",
+    "`skip` checks none: the port-forward has already reached the very pod. A file makes the certificate's name, which \
+     must be the Service's, count too.",
+);
 /// Which web pages may read responses.
 pub static CORS_ALLOW_ORIGIN: Setting = Setting::new(
     "cors-allow-origin",
@@ -291,6 +300,7 @@ pub static ALL: &[&Setting] = &[
     &IDLE_TIMEOUT,
     &DRAIN_TIMEOUT,
     &HEADER_TIMEOUT,
+    &BACKEND_TLS,
     &CORS_ALLOW_ORIGIN,
     &FORWARDED_HEADERS,
     &RESOLVE_TIMEOUT,

@@ -8,6 +8,9 @@ use crate::registry::{Endpoint, Protocol, ServiceKind, ServicePort, View};
 /// The pods' port of a Service that declares none: documented last resort of the seed.
 const PORT_OF_LAST_RESORT: u16 = 8080;
 
+/// The port that `https` URLs mean.
+const HTTPS: u16 = 443;
+
 /// Where a request may go.
 #[derive(Debug)]
 pub(crate) struct Route {
@@ -18,12 +21,12 @@ pub(crate) struct Route {
 }
 
 /// What a Service port declares about the protocol behind it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Hint {
-    /// HTTP/2 in clear text.
-    H2c,
-    /// Nothing of use.
-    None,
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Hint {
+    /// HTTP/2 without asking.
+    pub(crate) http2: bool,
+    /// TLS, which the proxy then speaks to the pod.
+    pub(crate) tls: bool,
 }
 
 /// Finds the candidates of a request to `port` of the Service, or to the endpoint named `hostname`.
@@ -55,7 +58,7 @@ pub(crate) fn route(view: &View, port: u16, hostname: Option<&str>) -> Result<Ro
     }
     Ok(Route {
         candidates,
-        hint: port.map_or(Hint::None, hint),
+        hint: port.map_or_else(Hint::default, hint),
     })
 }
 
@@ -95,15 +98,36 @@ fn list(ports: &[ServicePort]) -> String {
     words.collect::<Vec<_>>().join(", ")
 }
 
-/// Reads `appProtocol` (KEP-3726 and the values that meshes use) and else the port's name, by the usual prefixes.
+/// Reads `appProtocol` (KEP-3726 and the values that meshes use) and else the port's name, by the usual prefixes. Port 443
+/// means TLS unless one of them says otherwise.
 fn hint(port: &ServicePort) -> Hint {
     let word = match &port.app_protocol {
         Some(protocol) => protocol.to_ascii_lowercase(),
-        None => port.name.split('-').next().unwrap_or_default().to_owned(),
+        None => port
+            .name
+            .split('-')
+            .next()
+            .unwrap_or_default()
+            .to_ascii_lowercase(),
     };
     match word.as_str() {
-        "kubernetes.io/h2c" | "h2c" | "http2" | "grpc" => Hint::H2c,
-        _ => Hint::None,
+        "kubernetes.io/h2c" | "h2c" | "http2" | "grpc" => Hint {
+            http2: true,
+            tls: false,
+        },
+        "https" | "kubernetes.io/wss" | "wss" | "tls" => Hint {
+            http2: false,
+            tls: true,
+        },
+        "h2" | "grpcs" => Hint {
+            http2: true,
+            tls: true,
+        },
+        "http" | "kubernetes.io/ws" | "ws" => Hint::default(),
+        _ => Hint {
+            http2: false,
+            tls: port.number == HTTPS,
+        },
     }
 }
 
@@ -259,18 +283,30 @@ mod tests {
     }
 
     #[test]
-    fn app_protocol_and_port_names_hint_at_h2c() {
-        let with = |name: &str, app_protocol: Option<&str>| ServicePort {
-            app_protocol: app_protocol.map(str::to_owned),
-            ..port(name, 80, Protocol::Tcp)
+    fn app_protocol_port_names_and_443_hint_at_the_protocol() {
+        let hints = |name: &str, number: u16, app_protocol: Option<&str>| {
+            let port = port(name, number, Protocol::Tcp);
+            let Hint { http2, tls } = hint(&ServicePort {
+                app_protocol: app_protocol.map(str::to_owned),
+                ..port
+            });
+            (http2, tls)
         };
-        assert_eq!(hint(&with("x", Some("kubernetes.io/h2c"))), Hint::H2c);
-        assert_eq!(hint(&with("grpc-api", None)), Hint::H2c);
+        assert_eq!(hints("x", 80, Some("kubernetes.io/h2c")), (true, false));
+        assert_eq!(hints("grpc-api", 80, None), (true, false));
         assert_eq!(
-            hint(&with("grpc", Some("http"))),
-            Hint::None,
+            hints("grpc", 80, Some("http")),
+            (false, false),
             "appProtocol wins over the name"
         );
-        assert_eq!(hint(&with("http", None)), Hint::None);
+        assert_eq!(hints("http", 80, None), (false, false));
+        assert_eq!(hints("https-admin", 8443, None), (false, true));
+        assert_eq!(hints("x", 9000, Some("kubernetes.io/wss")), (false, true));
+        assert_eq!(hints("", 443, None), (false, true));
+        assert_eq!(
+            hints("http", 443, None),
+            (false, false),
+            "the name wins over the number"
+        );
     }
 }

@@ -8,23 +8,27 @@ mod http1;
 mod http2;
 mod lease;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::error::Error as _;
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::client::conn::TrySendError;
+use rustls::pki_types::ServerName;
 use tokio::time::Instant;
-use tracing::debug;
+use tokio_rustls::TlsConnector;
+use tracing::{debug, warn};
 
 use crate::drain::Drain;
 use crate::proxy::error::Error;
 use crate::proxy::replay::RequestBody;
 use crate::proxy::upstream::cause::Cause;
-use crate::transport::{Connect, ConnectError, Target, io_cause};
+use crate::tls::{self, Trust};
+use crate::transport::{BoxStream, Connect, ConnectError, Target, io_cause};
 
 pub(crate) use lease::Lease;
 
@@ -33,6 +37,9 @@ pub(crate) use lease::Lease;
 const MAX_FIELDS: usize = 256;
 const MAX_HEADER_LIST: u32 = 256 << 10;
 
+/// How long a pod may take for a TLS handshake.
+const TLS_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// The protocol spoken to a pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Wire {
@@ -40,26 +47,51 @@ pub(crate) enum Wire {
     Http1,
     /// HTTP/2 in clear text with prior knowledge.
     H2c,
+    /// HTTP/1.1 over TLS.
+    Http1Tls,
+    /// HTTP/2 over TLS.
+    H2,
 }
 
 impl Wire {
-    /// Returns the other one.
-    #[must_use]
+    /// Returns the other version of HTTP, over TLS if this one is.
     pub(crate) fn other(self) -> Self {
         match self {
             Self::Http1 => Self::H2c,
             Self::H2c => Self::Http1,
+            Self::Http1Tls => Self::H2,
+            Self::H2 => Self::Http1Tls,
+        }
+    }
+
+    /// Returns the same version of HTTP over TLS.
+    pub(crate) fn over_tls(self) -> Self {
+        match self {
+            Self::Http1 | Self::Http1Tls => Self::Http1Tls,
+            Self::H2c | Self::H2 => Self::H2,
         }
     }
 
     /// Names the protocol as access records do.
-    #[must_use]
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Http1 => "HTTP/1.1",
             Self::H2c => "h2c",
+            Self::Http1Tls => "HTTP/1.1+TLS",
+            Self::H2 => "h2",
         }
     }
+}
+
+/// Whom connections are pooled for.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Peer {
+    /// The pod's port.
+    pub(crate) target: Target,
+    /// The protocol spoken there.
+    pub(crate) wire: Wire,
+    /// The name that TLS asks for, the Service's; nothing in clear text.
+    pub(crate) server_name: Option<Arc<str>>,
 }
 
 /// A pod's response.
@@ -97,14 +129,71 @@ pub(crate) enum Fresh {
 /// What the pools share.
 struct Shared {
     connect: Arc<dyn Connect>,
+    /// The client's side of TLS, for either version of HTTP.
+    tls: BackendTls,
     drain: Drain,
+}
+
+/// The client's side of TLS towards pods.
+#[derive(Clone)]
+pub struct BackendTls {
+    /// Offers HTTP/1.1 alone.
+    http1: TlsConnector,
+    /// Offers HTTP/2 alone.
+    http2: TlsConnector,
+    /// Whether to say that certificates are not checked: once, when it first matters.
+    warn: Arc<AtomicBool>,
+}
+
+impl fmt::Debug for BackendTls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BackendTls").finish_non_exhaustive()
+    }
+}
+
+impl BackendTls {
+    /// Makes it with this trust.
+    ///
+    /// # Errors
+    /// A [`tls::Error`] for the file of authorities.
+    pub fn new(trust: &Trust) -> Result<Self, tls::Error> {
+        Ok(Self {
+            http1: tls::client_config(trust, b"http/1.1")?.into(),
+            http2: tls::client_config(trust, b"h2")?.into(),
+            warn: Arc::new(AtomicBool::new(*trust == Trust::Skip)),
+        })
+    }
+}
+
+impl Shared {
+    /// Opens a stream to a peer, through TLS where that is spoken.
+    async fn open(&self, peer: &Peer) -> Result<BoxStream, ConnectError> {
+        let stream = self.connect.connect(&peer.target).await?;
+        let tls = match peer.wire {
+            Wire::Http1 | Wire::H2c => return Ok(stream),
+            Wire::Http1Tls => &self.tls.http1,
+            Wire::H2 => &self.tls.http2,
+        };
+        if self.tls.warn.swap(false, Ordering::Relaxed) {
+            warn!(target = %peer.target, "certificates of pods are not checked; --backend-tls names authorities that count");
+        }
+        let failed = |reason: String| ConnectError::Unavailable(format!("no TLS with the pod ({reason})"));
+        let name = ServerName::try_from(peer.server_name.as_deref().unwrap_or_default().to_owned())
+            .map_err(|error| failed(error.to_string()))?;
+        let handshake = tokio::time::timeout(TLS_TIMEOUT, tls.connect(name, stream));
+        match handshake.await {
+            Ok(Ok(stream)) => Ok(Box::new(stream)),
+            Ok(Err(error)) => Err(failed(error.to_string())),
+            Err(_) => Err(ConnectError::Timeout(peer.target.clone(), TLS_TIMEOUT)),
+        }
+    }
 }
 
 /// Sends requests to pods. Clones share the pools.
 #[derive(Clone)]
 pub(crate) struct Upstream {
     shared: Arc<Shared>,
-    pools: Arc<Mutex<HashMap<(Target, Wire), Pool>>>,
+    pools: Arc<Mutex<HashMap<Peer, Pool>>>,
     /// What the ports have answered in; kept as long as there are connections to them.
     spoken: Arc<Mutex<HashMap<Target, Wire>>>,
 }
@@ -112,7 +201,7 @@ pub(crate) struct Upstream {
 #[derive(Clone)]
 enum Pool {
     Http1(Arc<http1::Pool>),
-    H2c(Arc<http2::Pool>),
+    Http2(Arc<http2::Pool>),
 }
 
 impl fmt::Debug for Upstream {
@@ -126,10 +215,16 @@ impl fmt::Debug for Upstream {
 impl Upstream {
     /// Makes empty pools over `connect`; connections unused for `idle_timeout` are closed. Its tasks run under `drain`.
     #[must_use]
-    pub(crate) fn new(connect: Arc<dyn Connect>, idle_timeout: Duration, drain: &Drain) -> Self {
+    pub(crate) fn new(
+        connect: Arc<dyn Connect>,
+        tls: BackendTls,
+        idle_timeout: Duration,
+        drain: &Drain,
+    ) -> Self {
         let this = Self {
             shared: Arc::new(Shared {
                 connect,
+                tls,
                 drain: drain.clone(),
             }),
             pools: Arc::default(),
@@ -152,20 +247,19 @@ impl Upstream {
     /// A [`Failure`].
     pub(crate) async fn send(
         &self,
-        target: &Target,
-        wire: Wire,
+        peer: &Peer,
         fresh: Fresh,
         request: Request<RequestBody>,
     ) -> Result<Answer, Failure> {
         let unopened = |error: ConnectError| {
-            let error = Error::Connect(target.clone(), error);
+            let error = Error::Connect(peer.target.clone(), error);
             Failure {
                 error,
                 untouched: true,
                 reused: false,
             }
         };
-        match self.pool(target, wire) {
+        match self.pool(peer) {
             Pool::Http1(pool) => {
                 let (mut connection, reused) = pool.checkout(&self.shared, fresh).await.map_err(unopened)?;
                 match connection.sender.try_send_request(request).await {
@@ -177,10 +271,10 @@ impl Upstream {
                             reused,
                         })
                     }
-                    Err(error) => Err(failure(target, wire, error, &connection.cause, reused)),
+                    Err(error) => Err(failure(peer, error, &connection.cause, reused)),
                 }
             }
-            Pool::H2c(pool) => {
+            Pool::Http2(pool) => {
                 let (mut stream, reused) = pool.checkout(&self.shared, fresh).await.map_err(unopened)?;
                 match stream.sender.try_send_request(request).await {
                     Ok(response) => Ok(Answer {
@@ -188,7 +282,7 @@ impl Upstream {
                         lease: Lease::http2(stream.slot),
                         reused,
                     }),
-                    Err(error) => Err(failure(target, wire, error, &stream.cause, reused)),
+                    Err(error) => Err(failure(peer, error, &stream.cause, reused)),
                 }
             }
         }
@@ -207,16 +301,16 @@ impl Upstream {
         }
     }
 
-    fn pool(&self, target: &Target, wire: Wire) -> Pool {
+    fn pool(&self, peer: &Peer) -> Pool {
         let mut pools = lock(&self.pools);
-        if let Some(pool) = pools.get(&(target.clone(), wire)) {
+        if let Some(pool) = pools.get(peer) {
             return pool.clone();
         }
-        let pool = match wire {
-            Wire::Http1 => Pool::Http1(Arc::new(http1::Pool::new(target.clone()))),
-            Wire::H2c => Pool::H2c(Arc::new(http2::Pool::new(target.clone()))),
+        let pool = match peer.wire {
+            Wire::Http1 | Wire::Http1Tls => Pool::Http1(Arc::new(http1::Pool::new(peer.clone()))),
+            Wire::H2c | Wire::H2 => Pool::Http2(Arc::new(http2::Pool::new(peer.clone()))),
         };
-        pools.insert((target.clone(), wire), pool.clone());
+        pools.insert(peer.clone(), pool.clone());
         pool
     }
 
@@ -230,36 +324,31 @@ impl Upstream {
                 continue;
             };
             let mut pools = lock(&self.pools);
-            pools.retain(|(target, wire), pool| {
+            pools.retain(|peer, pool| {
                 let keep = match pool {
                     Pool::Http1(pool) => pool.expire(limit),
-                    Pool::H2c(pool) => pool.expire(limit),
+                    Pool::Http2(pool) => pool.expire(limit),
                 };
                 if !keep {
-                    debug!(%target, protocol = wire.as_str(), "idle connections closed");
+                    debug!(target = %peer.target, protocol = peer.wire.as_str(), "idle connections closed");
                 }
                 keep
             });
-            let used = |target: &Target| {
-                [Wire::Http1, Wire::H2c]
-                    .iter()
-                    .any(|wire| pools.contains_key(&(target.clone(), *wire)))
-            };
-            lock(&self.spoken).retain(|target, _| used(target));
+            let used: HashSet<&Target> = pools.keys().map(|peer| &peer.target).collect();
+            lock(&self.spoken).retain(|target, _| used.contains(target));
         }
     }
 }
 
 /// Words the failure of a request that a connection was found for.
 fn failure(
-    target: &Target,
-    wire: Wire,
+    peer: &Peer,
     mut error: TrySendError<Request<RequestBody>>,
     cause: &Cause,
     reused: bool,
 ) -> Failure {
     let untouched = error.take_message().is_some();
-    let error = classify(target.clone(), wire, &error.into_error(), cause, reused);
+    let error = classify(peer.target.clone(), peer.wire, &error.into_error(), cause, reused);
     Failure {
         error,
         untouched,

@@ -183,6 +183,6 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join(KEY), "no key").unwrap();
         let error = CertificateAuthority::open(folder.path(), &ClusterDomain::default()).unwrap_err();
-        assert!(error.to_string().contains("ca.key is damaged"), "{error}");
+        assert!(error.to_string().contains("ca.key cannot be used"), "{error}");
     }
 }

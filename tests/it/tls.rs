@@ -28,7 +28,7 @@ async fn app() -> (FakeCluster, Workload, TestApp) {
         .workload("shop", "web")
         .port("http", 80, 8080)
         .serve(any());
-    let workload = builder.port("https", 443, 8443).serve(any()).create().unwrap();
+    let workload = builder.port("http-tls", 443, 8443).serve(any()).create().unwrap();
     let app = TestApp::start(&cluster).await;
     (cluster, workload, app)
 }
@@ -180,4 +180,99 @@ async fn a_request_without_a_port_means_443() {
         .map(|backend| backend.http().unwrap().requests().len())
         .collect();
     assert_eq!(requests, [1, 1], "one over TLS to 443, one in clear text to 80");
+}
+
+/// A backend that speaks TLS with a certificate of its own making, and tells what was spoken to it.
+async fn tls_backend(names: &[&str]) -> (std::net::SocketAddr, String) {
+    let names: Vec<_> = names.iter().map(|name| (*name).to_owned()).collect();
+    let made = rcgen::generate_simple_self_signed(names).unwrap();
+    let key = rustls::pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![made.cert.der().clone()], key)
+        .unwrap();
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                let Ok(stream) = acceptor.accept(stream).await else {
+                    return;
+                };
+                let name = stream.get_ref().1.server_name().unwrap_or_default().to_owned();
+                let service = hyper::service::service_fn(move |request: Request<hyper::body::Incoming>| {
+                    let text = format!("{:?} to {name}", request.version());
+                    async move {
+                        Ok::<_, std::convert::Infallible>(http::Response::new(Full::<bytes::Bytes>::from(
+                            text,
+                        )))
+                    }
+                });
+                let io = TokioIo::new(stream);
+                let builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
+                let _ = builder.serve_connection(io, service).await;
+            });
+        }
+    });
+    (address, made.cert.pem())
+}
+
+#[tokio::test]
+async fn a_service_port_that_speaks_tls_is_spoken_to_in_tls_with_the_services_name() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let (address, _) = tls_backend(&["whatever.example"]).await;
+    let builder = cluster
+        .workload("shop", "web")
+        .port("https", 443, 8443)
+        .backend(move |_| address);
+    let _workload = builder
+        .port("h2", 8443, 8444)
+        .backend(move |_| address)
+        .create()
+        .unwrap();
+    let app = TestApp::start(&cluster).await;
+    for (host, spoken) in [("web.shop:443", "HTTP/1.1"), ("web.shop:8443", "HTTP/2.0")] {
+        let reply = crate::client::fetch(app.address, host, "/").await;
+        assert_eq!(reply.text(), format!("{spoken} to {WEB}"));
+    }
+}
+
+#[tokio::test]
+async fn with_authorities_set_only_their_certificates_for_the_services_name_count() {
+    use kube_tunnel::config::setting;
+    let cluster = FakeCluster::start().await.unwrap();
+    let (good, pem) = tls_backend(&[WEB]).await;
+    let (bad, _) = tls_backend(&[WEB]).await;
+    let _good = cluster
+        .workload("shop", "web")
+        .port("https", 443, 8443)
+        .backend(move |_| good)
+        .create()
+        .unwrap();
+    let _bad = cluster
+        .workload("shop", "bad")
+        .port("https", 443, 8443)
+        .backend(move |_| bad)
+        .create()
+        .unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), pem).unwrap();
+    let flags = [
+        (&setting::BACKEND_TLS, file.path().to_str().unwrap()),
+        (&setting::MAX_RETRIES, "0"),
+    ];
+    let app = TestApp::with(&cluster.kubeconfig(), &flags).await;
+    assert_eq!(
+        crate::client::fetch(app.address, "web.shop", "/").await.status,
+        StatusCode::OK
+    );
+    let reply = crate::client::fetch(app.address, "bad.shop", "/").await;
+    assert_eq!(reply.status, StatusCode::BAD_GATEWAY);
+    assert!(reply.text().contains("certificate"), "{}", reply.text());
 }

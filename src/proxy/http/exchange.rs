@@ -17,7 +17,7 @@ use crate::proxy::replay::{Replay, RequestBody};
 use crate::proxy::reply;
 use crate::proxy::retry::{Attempt, Attempts, Verdict};
 use crate::proxy::route::{Hint, Route, route};
-use crate::proxy::upstream::{Answer, Failure, Fresh, Wire};
+use crate::proxy::upstream::{Answer, Failure, Fresh, Peer, Wire};
 use crate::registry::{self, InFlight, PodRef};
 use crate::traffic::AccessRecord;
 use crate::transport::{ConnectError, Target};
@@ -84,11 +84,18 @@ pub(super) async fn exchange(
         record.pod = Some(endpoint.pod.clone());
         record.upstream = Some(wire.as_str());
         let request = pending.request(wire, &record.authority, upgrade);
+        let peer = Peer {
+            target: target.clone(),
+            wire,
+            server_name: hint
+                .tls
+                .then(|| destination.service.dns_name(&context.naming.zone).into()),
+        };
         let Failure {
             error,
             untouched,
             reused,
-        } = match context.upstream.send(&target, wire, fresh, request).await {
+        } = match context.upstream.send(&peer, fresh, request).await {
             Ok(answer) => {
                 record.reused = Some(answer.reused);
                 pending.give_up();
@@ -101,7 +108,7 @@ pub(super) async fn exchange(
         };
         record.reused = Some(reused);
         let replayable = pending.recover().await;
-        let (undecided, guessed) = (choice.undecided, choice.undecided && hint == Hint::None);
+        let (undecided, guessed) = (choice.undecided, choice.undecided && !hint.http2);
         let attempt = Attempt {
             method: pending.method(),
             error: &error,
@@ -151,14 +158,15 @@ struct Choice {
 
 /// Chooses by what the request needs, else by what the port has spoken before, else by what the Service says of it.
 fn choose(upgrade: bool, grpc: bool, hint: Hint, spoken: Option<Wire>) -> Choice {
-    let (wire, undecided) = match (spoken, hint) {
+    let (wire, undecided) = match spoken {
         // Leaving HTTP is a matter of HTTP/1.1.
         _ if upgrade => (Wire::Http1, false),
         _ if grpc => (Wire::H2c, false),
-        (Some(wire), _) => (wire, false),
-        (None, Hint::H2c) => (Wire::H2c, true),
-        (None, Hint::None) => (Wire::Http1, true),
+        Some(wire) => (wire, false),
+        None if hint.http2 => (Wire::H2c, true),
+        None => (Wire::Http1, true),
     };
+    let wire = if hint.tls { wire.over_tls() } else { wire };
     Choice { wire, undecided }
 }
 

@@ -133,7 +133,7 @@ pub(super) fn add_forwarded(parts: &mut Parts, client: IpAddr, authority: &str, 
 /// Gives the request's head the form that `wire` wants. `body`: whether one follows.
 pub(super) fn prepare(parts: &mut Parts, wire: Wire, authority: &str, body: bool) {
     match wire {
-        Wire::Http1 => {
+        Wire::Http1 | Wire::Http1Tls => {
             if parts.version == Version::HTTP_2 {
                 join_cookies(&mut parts.headers);
             }
@@ -153,11 +153,15 @@ pub(super) fn prepare(parts: &mut Parts, wire: Wire, authority: &str, body: bool
                     .insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
             }
         }
-        Wire::H2c => {
+        Wire::H2c | Wire::H2 => {
             parts.version = Version::HTTP_2;
             parts.headers.remove(HOST);
             let mut uri = std::mem::take(&mut parts.uri).into_parts();
-            uri.scheme = Some(Scheme::HTTP);
+            uri.scheme = Some(if wire == Wire::H2 {
+                Scheme::HTTPS
+            } else {
+                Scheme::HTTP
+            });
             uri.authority = authority.parse().ok();
             uri.path_and_query
                 .get_or_insert_with(|| PathAndQuery::from_static("/"));

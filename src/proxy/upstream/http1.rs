@@ -15,8 +15,8 @@ use tracing::debug;
 
 use crate::proxy::replay::RequestBody;
 use crate::proxy::upstream::cause::{Cause, Noted};
-use crate::proxy::upstream::{Fresh, MAX_FIELDS, Shared, lock};
-use crate::transport::{ConnectError, Target};
+use crate::proxy::upstream::{Fresh, MAX_FIELDS, Peer, Shared, lock};
+use crate::transport::ConnectError;
 
 /// How many connections are opened at the same time to one port of one pod.
 const MAX_OPENING: usize = 16;
@@ -33,7 +33,7 @@ pub(super) struct Connection {
 
 /// The connections to one port of one pod.
 pub(super) struct Pool {
-    target: Target,
+    peer: Peer,
     state: Mutex<State>,
 }
 
@@ -50,9 +50,9 @@ struct State {
 }
 
 impl Pool {
-    pub(super) fn new(target: Target) -> Self {
+    pub(super) fn new(peer: Peer) -> Self {
         Self {
-            target,
+            peer,
             state: Mutex::default(),
         }
     }
@@ -94,7 +94,7 @@ impl Pool {
     }
 
     async fn connect(&self, shared: &Arc<Shared>) -> Result<Connection, ConnectError> {
-        let stream = shared.connect.connect(&self.target).await?;
+        let stream = shared.open(&self.peer).await?;
         let cause = Cause::default();
         let (sender, connection) = http1::Builder::new()
             .preserve_header_case(true)
@@ -102,7 +102,7 @@ impl Pool {
             .handshake(TokioIo::new(Noted::new(stream, cause.clone())))
             .await
             .map_err(|error| ConnectError::Unavailable(error.to_string()))?;
-        let target = self.target.clone();
+        let target = self.peer.target.clone();
         shared.drain.spawn(async move {
             if let Err(error) = connection.with_upgrades().await {
                 debug!(%target, %error, "connection to the pod ended");

@@ -15,8 +15,8 @@ use tracing::debug;
 use crate::proxy::replay::RequestBody;
 use crate::proxy::upstream::cause::{Cause, Noted};
 use crate::proxy::upstream::http1::shutting_down;
-use crate::proxy::upstream::{Fresh, MAX_HEADER_LIST, Shared, lock};
-use crate::transport::{ConnectError, Target};
+use crate::proxy::upstream::{Fresh, MAX_HEADER_LIST, Peer, Shared, lock};
+use crate::transport::ConnectError;
 
 /// Large enough for a bulk stream at the delays of a remote cluster: 2 MiB in flight are 20 MB/s at 100 ms.
 const STREAM_WINDOW: u32 = 2 << 20;
@@ -68,7 +68,7 @@ impl Connection {
 
 /// The connections to one port of one pod.
 pub(super) struct Pool {
-    target: Target,
+    peer: Peer,
     state: Mutex<State>,
 }
 
@@ -83,7 +83,7 @@ struct State {
 }
 
 impl Pool {
-    pub(super) fn new(target: Target) -> Self {
+    pub(super) fn new(peer: Peer) -> Self {
         let state = State {
             connections: Vec::new(),
             waiting: Vec::new(),
@@ -91,7 +91,7 @@ impl Pool {
             used: Instant::now(),
         };
         Self {
-            target,
+            peer,
             state: Mutex::new(state),
         }
     }
@@ -131,7 +131,7 @@ impl Pool {
     }
 
     async fn connect(&self, shared: &Arc<Shared>) -> Result<Connection, ConnectError> {
-        let stream = shared.connect.connect(&self.target).await?;
+        let stream = shared.open(&self.peer).await?;
         let cause = Cause::default();
         let (sender, mut connection) = http2::Builder::new(shared.drain.clone())
             .timer(TokioTimer::new())
@@ -142,7 +142,7 @@ impl Pool {
             .await
             .map_err(|error| ConnectError::Unavailable(error.to_string()))?;
         let limit = Arc::new(AtomicUsize::new(connection.current_max_send_streams()));
-        let (target, known) = (self.target.clone(), limit.clone());
+        let (target, known) = (self.peer.target.clone(), limit.clone());
         shared.drain.spawn(async move {
             let running = poll_fn(|cx| {
                 let ended = Pin::new(&mut connection).poll(cx);
