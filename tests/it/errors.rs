@@ -4,6 +4,7 @@ use http::{Request, StatusCode};
 use http_body_util::{BodyExt, Full};
 use kube_tunnel::testing::backend::{Protocols, Serve};
 use kube_tunnel::testing::{FakeCluster, ForwardFault, Identity, Rule};
+use serde_json::json;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -243,4 +244,22 @@ async fn a_port_forward_that_breaks_does_not_look_like_the_end_of_a_response() {
         response.into_body().collect().await.is_err(),
         "half a response looked complete"
     );
+}
+
+#[tokio::test]
+async fn an_external_name_is_told_to_users_who_may_not_read_endpointslices() {
+    let cluster = cluster().await;
+    let service = json!({
+        "kind": "Service",
+        "metadata": {"name": "outside", "namespace": "shop"},
+        "spec": {"type": "ExternalName", "externalName": "example.org"},
+    });
+    cluster.apply(service).unwrap();
+    cluster.add_token("dev", "dev-token");
+    let rules = [Rule::new(&["get", "list", "watch"], &["services"])];
+    cluster.allow_only("dev", &rules);
+    let app = TestApp::start_as(&cluster, &Identity::Token("dev-token".into())).await;
+    let reply = fetch(app.address, "outside.shop", "/").await;
+    assert_eq!(reply.status, StatusCode::BAD_GATEWAY);
+    assert!(reply.text().contains("example.org"), "{}", reply.text());
 }
