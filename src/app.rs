@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
-use tracing::{info, warn};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
 
 use crate::config::Config;
 use crate::drain::{Drain, Drained};
@@ -26,6 +27,8 @@ pub struct App {
     clients: Drain,
     /// Everything that clients' connections need; ends after them.
     background: Drain,
+    /// Cancelled when a part has ended without which the program is of no use.
+    broken: CancellationToken,
     drain_timeout: Duration,
 }
 
@@ -43,7 +46,9 @@ impl App {
         let (clients, background) = (Drain::new(), Drain::new());
         let (registry, writer, interests) = registry::channel(config.resolve_timeout);
         let discovery = Discovery::new(cluster.clone(), &config.k8s, writer);
-        background.spawn(discovery.run(interests, background.clone()));
+        let broken = CancellationToken::new();
+        let discovering = discovery.run(interests, background.clone());
+        background.spawn(essential(discovering, broken.clone()));
         let forward = Arc::new(ChannelForward::new(&cluster, config.k8s.timeout));
         let proxy = Proxy::new(
             listener,
@@ -62,6 +67,7 @@ impl App {
             proxy,
             clients,
             background,
+            broken,
             drain_timeout: config.drain_timeout,
         })
     }
@@ -72,22 +78,32 @@ impl App {
         self.proxy.addresses()
     }
 
-    /// Runs until `stop` resolves, then stops accepting, lets running requests end until the deadline, and ends the rest.
+    /// Runs until `stop` resolves or an essential part has failed, then stops accepting, lets running requests end until the deadline, and ends the rest.
     pub async fn run(self, stop: impl Future<Output = ()>) {
         let Self {
             proxy,
             clients,
             background,
+            broken,
             drain_timeout,
         } = self;
-        clients.spawn(proxy.run());
-        stop.await;
+        clients.spawn(essential(proxy.run(), broken.clone()));
+        tokio::select! {
+            () = stop => {}
+            () = broken.cancelled() => error!("stopping: a part of the program has failed, see above"),
+        }
         match clients.complete(drain_timeout).await {
             Drained::Gracefully => info!("every request was completed"),
             Drained::Forced(left) => warn!(tasks = left, "cut off at the deadline"),
         }
         background.complete(BACKGROUND_GRACE).await;
     }
+}
+
+/// Cancels `broken` when `task` has ended, in whatever way.
+async fn essential(task: impl Future<Output = ()>, broken: CancellationToken) {
+    let _ended = broken.drop_guard();
+    task.await;
 }
 
 /// Opens the certificate authority of this machine, or makes do with one that lives as long as the program.
@@ -108,5 +124,17 @@ fn authority(config: &Config) -> Result<CertificateAuthority> {
             warn!(%error, "certificates are signed by an authority that ends with this run");
             Ok(CertificateAuthority::ephemeral(zone)?)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_part_that_panics_is_noticed() {
+        let (drain, broken) = (Drain::new(), CancellationToken::new());
+        drain.spawn(essential(async { panic!("on purpose") }, broken.clone()));
+        broken.cancelled().await;
     }
 }

@@ -7,7 +7,10 @@ mod convert;
 mod discovery;
 mod error;
 mod follow;
+mod outage;
 mod portforward;
+#[cfg(test)]
+mod scripted;
 mod token_file;
 
 pub use client::{Cluster, Config, ConnectionError};

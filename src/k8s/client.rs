@@ -15,6 +15,7 @@ use hyper_util::rt::TokioExecutor;
 use kube::client::{ClientBuilder, ConfigExt};
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Client, Config as KubeConfig};
+use tower::timeout::TimeoutLayer;
 use tower::util::MapRequestLayer;
 use tower::{BoxError, ServiceBuilder, ServiceExt};
 
@@ -26,6 +27,10 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 const PROBE: Duration = Duration::from_secs(5);
 const PROBES: u32 = 3;
 
+/// How long a call waits for a credential plugin besides the server. A plugin may have to send its user to a browser, and a
+/// call that gives up on it makes the next one start another.
+const PLUGIN_PATIENCE: Duration = Duration::from_mins(1);
+
 /// The variable that lists kubeconfig files, as kubectl reads it.
 const KUBECONFIG: &str = "KUBECONFIG";
 
@@ -36,7 +41,7 @@ pub struct Config {
     pub kubeconfig: Option<PathBuf>,
     /// The context; without one the file's current context.
     pub context: Option<String>,
-    /// How long the API server may take to answer the headers of any request, connecting included.
+    /// How long the API server may take to answer the headers of any request, connecting included; and for a whole list.
     pub timeout: Duration,
     /// How often a Service is read again where watching is refused.
     pub poll_interval: Duration,
@@ -159,16 +164,15 @@ async fn load(config: &Config) -> Result<KubeConfig, ConnectionError> {
         .map_err(bad)
 }
 
-/// Takes a token file out of the configuration, to be read by ours instead of kube's reader. A token wins over a file.
+/// Takes a token file out of the configuration, to be read by ours instead of kube's reader. Beside a token the file wins, and
+/// the token is for the time until it can be read (client-go: `AuthInfo.TokenFile`, `bearerAuthRoundTripper`).
 fn take_token_file(config: &mut KubeConfig) -> Result<Option<TokenFile>, ConnectionError> {
-    let Some(path) = config
-        .auth_info
-        .token_file
-        .take()
-        .filter(|_| config.auth_info.token.is_none())
-    else {
+    let Some(path) = config.auth_info.token_file.take() else {
         return Ok(None);
     };
+    if config.auth_info.token.is_some() {
+        return Ok(Some(TokenFile::open_beside_token(Path::new(&path))));
+    }
     let opened = TokenFile::open(Path::new(&path));
     opened
         .map(Some)
@@ -263,12 +267,14 @@ where
         .pool_timer(hyper_util::rt::TokioTimer::new())
         .build(https);
     let service = ServiceBuilder::new()
+        // A plugin that hangs while it renews the credentials would otherwise hold every call for ever.
+        .layer(TimeoutLayer::new(timeout + PLUGIN_PATIENCE))
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer()?)
         .option_layer(token_file.map(|token| MapRequestLayer::new(move |request| token.authorize(request))))
         .layer(config.extra_headers_layer()?)
         // Ends with the response's headers, so it bounds lists, watches and upgrades without cutting their streams.
-        .layer(tower::timeout::TimeoutLayer::new(timeout))
+        .layer(TimeoutLayer::new(timeout))
         .service(http.map_err(BoxError::from));
     Ok(ClientBuilder::new(service, config.default_namespace.clone()).build())
 }
@@ -294,5 +300,58 @@ fn tunnel<C>(proxy: &Uri, connector: C) -> Tunnel<C> {
             tunnel.with_auth(header)
         }
         Err(_) => tunnel,
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+    use tokio::time::Instant;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_plugin_that_hangs_does_not_hold_a_call_for_ever() {
+        let folder = tempfile::tempdir().unwrap();
+        let (plugin, marker) = (folder.path().join("plugin"), folder.path().join("marker"));
+        // Its token is old at once, so that each call asks again; it hangs while there is a marker.
+        let script = format!(
+            "#!/bin/sh\nwhile [ -e {0} ]; do sleep 0.05; done\necho '{1}'\n",
+            marker.display(),
+            r#"{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential","status":{"token":"t","expirationTimestamp":"2020-01-01T00:00:00Z"}}"#
+        );
+        fs::write(&plugin, script).unwrap();
+        fs::set_permissions(&plugin, fs::Permissions::from_mode(0o755)).unwrap();
+        let kubeconfig = folder.path().join("kubeconfig");
+        let exec = format!(
+            "{{apiVersion: client.authentication.k8s.io/v1, command: '{}', interactiveMode: Never}}",
+            plugin.display()
+        );
+        let text = format!(
+            "apiVersion: v1\nkind: Config\ncurrent-context: c\ncontexts: [{{name: c, context: {{cluster: c, user: u}}}}]\n\
+             clusters: [{{name: c, cluster: {{server: 'http://127.0.0.1:1'}}}}]\nusers: [{{name: u, user: {{exec: {exec}}}}}]\n"
+        );
+        fs::write(&kubeconfig, text).unwrap();
+        let config = Config {
+            kubeconfig: Some(kubeconfig),
+            ..crate::k8s::scripted::config()
+        };
+        let cluster = Cluster::load(&config).await.unwrap();
+        fs::write(&marker, "").unwrap();
+        let (call, begun) = (cluster.check(), Instant::now());
+        tokio::pin!(call);
+        let ended = loop {
+            tokio::select! {
+                biased;
+                ended = &mut call => break ended,
+                () = tokio::time::advance(Duration::from_secs(1)) => {}
+            }
+            assert!(begun.elapsed() < 10 * PLUGIN_PATIENCE, "the call is held");
+        };
+        assert!(begun.elapsed() >= PLUGIN_PATIENCE, "{ended:?}");
+        assert!(
+            matches!(ended, Err(ConnectionError::Unreachable { .. })),
+            "{ended:?}"
+        );
     }
 }

@@ -6,7 +6,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -15,7 +14,7 @@ use kube::api::ListParams;
 use kube::runtime::watcher::{self, Event};
 use kube::{Api, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
-use tokio::sync::Notify;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::k8s::error::{self, Kind};
@@ -23,6 +22,9 @@ use crate::k8s::error::{self, Kind};
 /// First and longest wait after a failure. The longest is short: it is what a user waits after an outage has ended.
 const FIRST_DELAY: Duration = Duration::from_millis(100);
 const LONGEST_DELAY: Duration = Duration::from_secs(5);
+
+/// The status of a watch whose version the server does not remember any more.
+const GONE: u16 = 410;
 
 /// A list asked for out of turn comes at most this often.
 const SHORTEST_POLL: Duration = Duration::from_millis(250);
@@ -36,16 +38,23 @@ pub(super) enum Selection {
     Labels(String),
 }
 
+/// How long things may take.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pace {
+    /// Time between lists where watching is refused.
+    pub(super) poll: Duration,
+    /// How long the API server may take for a list, its body included.
+    pub(super) timeout: Duration,
+}
+
+/// Changes when somebody asks for a list at once, where lists are polled. Its sender lives as long as it.
+pub(super) type Recheck = watch::Receiver<()>;
+
 /// The list each time it changed, or the error of a try that failed; it goes on after errors by itself.
 pub(super) type Following<K> = BoxStream<'static, Result<Vec<K>, kube::Error>>;
 
-/// Starts to follow. `recheck` asks for a list at once where the list is polled.
-pub(super) fn follow<K>(
-    api: Api<K>,
-    selection: Selection,
-    poll: Duration,
-    recheck: Arc<Notify>,
-) -> Following<K>
+/// Starts to follow.
+pub(super) fn follow<K>(api: Api<K>, selection: Selection, pace: Pace, recheck: Recheck) -> Following<K>
 where
     K: Resource + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
 {
@@ -53,13 +62,13 @@ where
     let follower = Follower {
         api,
         selection,
-        poll,
+        pace,
         recheck,
         mode,
         listed: BTreeMap::new(),
         staged: BTreeMap::new(),
         wait: None,
-        delay: FIRST_DELAY,
+        backoff: Backoff::new(Instant::now()),
     };
     stream::unfold(follower, |mut follower| async move {
         Some((follower.next().await, follower))
@@ -70,7 +79,11 @@ where
 /// How news arrive.
 enum Mode<K> {
     /// By a watch.
-    Watch(BoxStream<'static, watcher::Result<Event<K>>>),
+    Watch {
+        events: BoxStream<'static, watcher::Result<Event<K>>>,
+        /// Whether the list from which it starts is not complete yet.
+        listing: bool,
+    },
     /// By a list every now and then: `watch` is refused.
     List,
     /// By a GET every now and then: `list` is refused too.
@@ -86,17 +99,19 @@ where
             Selection::Name(name) => watcher::Config::default().fields(&format!("metadata.name={name}")),
             Selection::Labels(labels) => watcher::Config::default().labels(labels),
         };
-        Self::Watch(watcher::watcher(api.clone(), config).boxed())
+        Self::Watch {
+            events: watcher::watcher(api.clone(), config).boxed(),
+            listing: true,
+        }
     }
 }
 
 struct Follower<K> {
     api: Api<K>,
     selection: Selection,
-    /// Time between lists where watching is refused.
-    poll: Duration,
+    pace: Pace,
     /// Asks for a list before its time.
-    recheck: Arc<Notify>,
+    recheck: Recheck,
     mode: Mode<K>,
     /// The list as last yielded, by name.
     listed: BTreeMap<String, K>,
@@ -104,8 +119,7 @@ struct Follower<K> {
     staged: BTreeMap<String, K>,
     /// What to wait for before the next try.
     wait: Option<Wait>,
-    /// The wait after the next failure.
-    delay: Duration,
+    backoff: Backoff,
 }
 
 /// A wait before the next try.
@@ -124,16 +138,20 @@ where
         loop {
             self.wait().await;
             match self.step().await {
-                Ok(Some(list)) => {
-                    self.delay = FIRST_DELAY;
-                    return Ok(list);
-                }
+                Ok(Some(list)) => return Ok(list),
                 Ok(None) => {}
                 Err(failure) if self.step_down(&failure) => {}
                 Err(Failure { error, .. }) => {
-                    self.wait = Some(Wait::Until(Instant::now() + self.delay));
-                    self.delay = (self.delay * 2).min(LONGEST_DELAY);
-                    return Err(error);
+                    self.wait = Some(Wait::Until(self.backoff.after_failure(Instant::now())));
+                    if let Mode::Watch { .. } = self.mode {
+                        // A watch that goes on where it broke off says nothing until something changes; a list says at
+                        // once that the trouble is over.
+                        self.mode = Mode::watch(&self.api, &self.selection);
+                    }
+                    // A version that the server has forgotten is the way of watches, and no failure.
+                    if !matches!(&error, kube::Error::Api(status) if status.code == GONE) {
+                        return Err(error);
+                    }
                 }
             }
         }
@@ -145,35 +163,50 @@ where
             Some(Wait::Until(time)) => tokio::time::sleep_until(time).await,
             Some(Wait::Poll { earliest, latest }) => {
                 tokio::time::sleep_until(earliest).await;
-                let _ = tokio::time::timeout_at(latest, self.recheck.notified()).await;
+                let _ = tokio::time::timeout_at(latest, self.recheck.changed()).await;
             }
         }
     }
 
     /// Takes one event or one list. `None`: nothing to tell yet.
     async fn step(&mut self) -> Result<Option<Vec<K>>, Failure> {
+        let timeout = self.pace.timeout;
         let items = match &mut self.mode {
-            Mode::Watch(events) => match events.next().await {
-                Some(Ok(event)) => return Ok(self.take(event)),
-                Some(Err(error)) => return Err(error.into()),
-                None => {
-                    self.mode = Mode::watch(&self.api, &self.selection);
-                    return Ok(None);
-                }
-            },
+            Mode::Watch { events, listing } => {
+                let event = if *listing {
+                    within(timeout, events.next()).await?
+                } else {
+                    events.next().await
+                };
+                return match event {
+                    Some(Ok(event)) => Ok(self.take(event)),
+                    Some(Err(error)) => Err(error.into()),
+                    None => {
+                        self.mode = Mode::watch(&self.api, &self.selection);
+                        Ok(None)
+                    }
+                };
+            }
             Mode::List => {
                 let params = match &self.selection {
                     Selection::Name(name) => ListParams::default().fields(&format!("metadata.name={name}")),
                     Selection::Labels(labels) => ListParams::default().labels(labels),
                 };
-                self.api.list(&params).await?.items
+                self.recheck.mark_unchanged();
+                within(timeout, self.api.list(&params)).await??.items
             }
-            Mode::Get(name) => self.api.get_opt(name).await?.into_iter().collect(),
+            Mode::Get(name) => {
+                self.recheck.mark_unchanged();
+                within(timeout, self.api.get_opt(name))
+                    .await??
+                    .into_iter()
+                    .collect()
+            }
         };
         let now = Instant::now();
         self.wait = Some(Wait::Poll {
-            earliest: now + SHORTEST_POLL.min(self.poll),
-            latest: now + self.poll,
+            earliest: now + SHORTEST_POLL.min(self.pace.poll),
+            latest: now + self.pace.poll,
         });
         Ok(Some(items))
     }
@@ -182,17 +215,27 @@ where
         match event {
             Event::Init => {
                 self.staged.clear();
+                self.set_listing(true);
                 return None;
             }
             Event::InitApply(object) => {
                 self.staged.insert(object.name_any(), object);
                 return None;
             }
-            Event::InitDone => self.listed = std::mem::take(&mut self.staged),
+            Event::InitDone => {
+                self.listed = std::mem::take(&mut self.staged);
+                self.set_listing(false);
+            }
             Event::Apply(object) => drop(self.listed.insert(object.name_any(), object)),
             Event::Delete(object) => drop(self.listed.remove(&object.name_any())),
         }
         Some(self.listed.values().cloned().collect())
+    }
+
+    fn set_listing(&mut self, now: bool) {
+        if let Mode::Watch { listing, .. } = &mut self.mode {
+            *listing = now;
+        }
     }
 
     /// Makes do with fewer rights: watch, then list, then get. Returns false when there is nothing below.
@@ -201,11 +244,47 @@ where
             return false;
         }
         self.mode = match (&self.mode, &self.selection) {
-            (Mode::Watch(_), _) if failure.watching => Mode::List,
-            (Mode::Watch(_) | Mode::List, Selection::Name(name)) => Mode::Get(name.clone()),
+            (Mode::Watch { .. }, _) if failure.watching => Mode::List,
+            (Mode::Watch { .. } | Mode::List, Selection::Name(name)) => Mode::Get(name.clone()),
             _ => return false,
         };
         true
+    }
+}
+
+/// Bounds a call and the reading of its answer: the client's own timeout ends with the headers.
+async fn within<T>(timeout: Duration, call: impl Future<Output = T>) -> Result<T, kube::Error> {
+    tokio::time::timeout(timeout, call).await.map_err(|_| {
+        let text = format!("the API server began an answer and did not end it within {timeout:?}");
+        kube::Error::Service(text.into())
+    })
+}
+
+/// The growing wait between failures.
+struct Backoff {
+    /// The wait after the next failure.
+    delay: Duration,
+    /// When the last wait was over.
+    resumed: Instant,
+}
+
+impl Backoff {
+    fn new(now: Instant) -> Self {
+        Self {
+            delay: FIRST_DELAY,
+            resumed: now,
+        }
+    }
+
+    /// Returns when to try again. What went well for as long as the longest wait starts at the shortest; a list alone is not
+    /// enough, for the watch after it may fail every time.
+    fn after_failure(&mut self, now: Instant) -> Instant {
+        if now.saturating_duration_since(self.resumed) > LONGEST_DELAY {
+            self.delay = FIRST_DELAY;
+        }
+        self.resumed = now + self.delay;
+        self.delay = (self.delay * 2).min(LONGEST_DELAY);
+        self.resumed
     }
 }
 
@@ -239,3 +318,6 @@ impl From<watcher::Error> for Failure {
         Self { watching, error }
     }
 }
+
+#[cfg(test)]
+mod tests;

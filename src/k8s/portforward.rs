@@ -51,9 +51,14 @@ impl ChannelForward {
         let unavailable = || ConnectError::Unavailable("the port-forward has no stream".into());
         let stream = forward.take_stream(target.port).ok_or_else(unavailable)?;
         let failure = forward.take_error(target.port).ok_or_else(unavailable)?;
+        let broken = async move {
+            let error = forward.join().await.err()?;
+            Some(format!("the port-forward broke: {error}"))
+        };
         Ok(Box::new(PodStream {
             stream,
             failure: Some(Box::pin(failure)),
+            broken: Some(Box::pin(broken)),
         }))
     }
 }
@@ -89,35 +94,51 @@ fn pod_is_gone(message: &str) -> bool {
     .any(|words| message.contains(words))
 }
 
-/// The error channel of one forward: resolves with the runtime's text, or with nothing when the forward ends well.
+/// Resolves with the text of a failure, or with nothing when there was none.
 type Failure = Pin<Box<dyn Future<Output = Option<String>> + Send>>;
 
-/// The data channel of one forward. Where the data ends because the forward failed, the text of the error channel becomes
-/// the error of that read or write.
+/// The data channel of one forward. kube's task moves the bytes between it and the WebSocket, and closes it in the same way
+/// at the end of the data and at a failure; so the end is looked into before it is believed.
 struct PodStream {
     stream: DuplexStream,
-    /// Taken when it has resolved.
+    /// The forward's error channel; taken when it has resolved. Without a text it does so only when kube's task has let go
+    /// of it, which is before the task lets go of the data.
     failure: Option<Failure>,
+    /// The end of kube's task; taken when it is known or of no interest any more.
+    broken: Option<Failure>,
 }
 
 impl PodStream {
-    /// Returns the failure that has been reported by now. The text comes before the end of the data on the wire, and kube
-    /// hands both on in that order.
-    fn failed(&mut self, cx: &mut Context<'_>) -> Option<io::Error> {
-        let Poll::Ready(text) = self.failure.as_mut()?.as_mut().poll(cx) else {
-            return None;
+    /// Tells why the data has ended: nothing for a Close frame, after which kube's task goes on until we close too. Pending
+    /// only for the moment in which the task ends.
+    fn poll_cause(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Error>> {
+        if let Some(failure) = &mut self.failure {
+            let Poll::Ready(text) = failure.as_mut().poll(cx) else {
+                return Poll::Ready(None);
+            };
+            self.failure = None;
+            if let Some(text) = text {
+                self.broken = None;
+                return Poll::Ready(Some(io::Error::new(failure_kind(&text), error::one_line(&text))));
+            }
+        }
+        let Some(broken) = &mut self.broken else {
+            return Poll::Ready(None);
         };
-        self.failure = None;
-        text.map(|text| io::Error::new(failure_kind(&text), error::one_line(&text)))
+        let text = ready!(broken.as_mut().poll(cx));
+        self.broken = None;
+        Poll::Ready(text.map(|text| io::Error::new(io::ErrorKind::ConnectionAborted, error::one_line(&text))))
     }
 }
 
-/// Tells what a runtime's text means for the stream (containerd's and cri-o's wording).
+/// Tells what a runtime's text means for the stream (containerd's and cri-o's wording, and that of Windows nodes). The text
+/// may name the pod, so one word is not enough.
 fn failure_kind(text: &str) -> io::ErrorKind {
     let has = |words: &str| text.contains(words);
     if has("connection reset") || has("broken pipe") {
         io::ErrorKind::ConnectionReset
-    } else if has("refused")
+    } else if has("connection refused")
+        || has("actively refused")
         || has("failed to connect")
         || has("failed to dial")
         || has("namespace for sandbox")
@@ -137,7 +158,10 @@ impl AsyncRead for PodStream {
         let before = buf.filled().len();
         let result = ready!(Pin::new(&mut self.stream).poll_read(cx, buf));
         let ended = result.is_err() || (buf.filled().len() == before && buf.remaining() > 0);
-        match if ended { self.failed(cx) } else { None } {
+        if !ended {
+            return Poll::Ready(result);
+        }
+        match ready!(self.poll_cause(cx)) {
             Some(error) => Poll::Ready(Err(error)),
             None => Poll::Ready(result),
         }
@@ -147,7 +171,11 @@ impl AsyncRead for PodStream {
 impl AsyncWrite for PodStream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let result = ready!(Pin::new(&mut self.stream).poll_write(cx, buf));
-        Poll::Ready(result.map_err(|error| self.failed(cx).unwrap_or(error)))
+        Poll::Ready(result.map_err(|error| match self.poll_cause(cx) {
+            Poll::Ready(Some(cause)) => cause,
+            // A reader may be waiting for the same answer, and has the better claim on it.
+            Poll::Ready(None) | Poll::Pending => error,
+        }))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -155,6 +183,8 @@ impl AsyncWrite for PodStream {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // From here on kube takes nothing more from the pod, so that whatever becomes of its task breaks nothing off.
+        self.broken = None;
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
@@ -171,6 +201,8 @@ mod tests {
         assert_eq!(failure_kind(containerd), io::ErrorKind::ConnectionRefused);
         let reset = "error forwarding port 9003 to pod 1f, uid : read tcp4 127.0.0.1:1->127.0.0.1:9003: read: connection reset by peer";
         assert_eq!(failure_kind(reset), io::ErrorKind::ConnectionReset);
+        let named = "error forwarding port 80 to pod refused-0, uid : exit status 1";
+        assert_eq!(failure_kind(named), io::ErrorKind::ConnectionAborted);
         assert_eq!(
             failure_kind("error forwarding port: context deadline exceeded"),
             io::ErrorKind::ConnectionAborted

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use http::Request;
 use http::header::{AUTHORIZATION, HeaderValue};
-use http::{HeaderMap, Request};
 use tokio::time::Instant;
 
 /// The kubelet renews projected tokens well before they expire; client-go reads them this often.
@@ -18,37 +18,61 @@ const PERIOD: Duration = Duration::from_mins(1);
 #[derive(Clone)]
 pub(super) struct TokenFile {
     path: PathBuf,
-    /// The last good header and when it was read.
-    cached: Arc<Mutex<(HeaderValue, Instant)>>,
+    cached: Arc<Mutex<Cached>>,
+}
+
+struct Cached {
+    /// The last good header; nothing while the file never had one.
+    header: Option<HeaderValue>,
+    /// When it was read.
+    read: Instant,
 }
 
 impl TokenFile {
-    /// Reads the file for the first time.
+    /// Reads the file for the first time, when it must hold a token.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
-        let cached = Arc::new(Mutex::new((read(path)?, Instant::now())));
-        Ok(Self {
-            path: path.to_owned(),
-            cached,
-        })
+        Ok(Self::new(path, Some(read(path)?)))
     }
 
-    /// Adds the token to a request. A file that has gone away meanwhile leaves the last token in use (as in client-go,
-    /// kubernetes/kubernetes#68164).
+    /// Reads the file for the first time, where there is another token until it holds one.
+    pub(super) fn open_beside_token(path: &Path) -> Self {
+        Self::new(path, read(path).ok())
+    }
+
+    fn new(path: &Path, header: Option<HeaderValue>) -> Self {
+        let read = Instant::now();
+        Self {
+            path: path.to_owned(),
+            cached: Arc::new(Mutex::new(Cached { header, read })),
+        }
+    }
+
+    /// Sets the token of a request. A file that has gone away or is being written leaves the last token in use, and is read
+    /// again for the next request (as in client-go, kubernetes/kubernetes#68164).
     pub(super) fn authorize<B>(&self, mut request: Request<B>) -> Request<B> {
         let mut cached = self.cached.lock().unwrap_or_else(PoisonError::into_inner);
-        if cached.1.elapsed() >= PERIOD {
-            let header = read(&self.path).unwrap_or_else(|_| cached.0.clone());
-            *cached = (header, Instant::now());
+        if (cached.header.is_none() || cached.read.elapsed() >= PERIOD)
+            && let Ok(header) = read(&self.path)
+        {
+            *cached = Cached {
+                header: Some(header),
+                read: Instant::now(),
+            };
         }
-        let headers: &mut HeaderMap = request.headers_mut();
-        headers.insert(AUTHORIZATION, cached.0.clone());
+        if let Some(header) = &cached.header {
+            request.headers_mut().insert(AUTHORIZATION, header.clone());
+        }
         request
     }
 }
 
 fn read(path: &Path) -> io::Result<HeaderValue> {
     let text = fs::read_to_string(path)?;
-    let mut header = HeaderValue::try_from(format!("Bearer {}", text.trim()))
+    let token = text.trim();
+    if token.is_empty() {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the file is empty"));
+    }
+    let mut header = HeaderValue::try_from(format!("Bearer {token}"))
         .map_err(|error| io::Error::other(error.to_string()))?;
     header.set_sensitive(true);
     Ok(header)
@@ -75,5 +99,32 @@ mod tests {
         drop(file);
         tokio::time::advance(PERIOD).await;
         assert_eq!(sent(&token), "Bearer second");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_file_that_is_being_written_leaves_the_last_token_in_use() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(TokenFile::open(file.path()).is_err(), "an empty file was taken");
+        fs::write(file.path(), "first\n").unwrap();
+        let token = TokenFile::open(file.path()).unwrap();
+        tokio::time::advance(PERIOD).await;
+        fs::write(file.path(), "").unwrap();
+        assert_eq!(sent(&token), "Bearer first");
+        fs::write(file.path(), "second\n").unwrap();
+        assert_eq!(sent(&token), "Bearer second");
+    }
+
+    #[test]
+    fn a_file_beside_a_token_wins_once_it_holds_one() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let token = TokenFile::open_beside_token(file.path());
+        let mut request = Request::new(());
+        request
+            .headers_mut()
+            .insert(AUTHORIZATION, HeaderValue::from_static("Bearer inline"));
+        let request = token.authorize(request);
+        assert_eq!(request.headers()[AUTHORIZATION], "Bearer inline");
+        fs::write(file.path(), "file").unwrap();
+        assert_eq!(token.authorize(request).headers()[AUTHORIZATION], "Bearer file");
     }
 }

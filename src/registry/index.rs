@@ -210,6 +210,24 @@ impl Writer {
         self.entries.send_modify(|entries| drop(entries.remove(service)));
     }
 
+    /// Reports whether there is an entry for `service`, answered or not.
+    #[must_use]
+    pub fn has(&self, service: &ServiceName) -> bool {
+        self.entries.borrow().contains_key(service)
+    }
+
+    /// Finds among the Services that `eligible` accepts the one whose answer is an error and that nobody asked for in the
+    /// longest time.
+    #[must_use]
+    pub fn idlest_error(&self, eligible: impl Fn(&ServiceName) -> bool) -> Option<ServiceName> {
+        let entries = self.entries.borrow();
+        let errors = entries
+            .iter()
+            .filter(|(service, entry)| matches!(entry.answer, Some(Err(_))) && eligible(service));
+        let idlest = errors.min_by_key(|(_, entry)| entry.used.load(Ordering::Relaxed))?;
+        Some(idlest.0.clone())
+    }
+
     /// Returns for how long nobody asked for `service`.
     #[must_use]
     pub fn idle(&self, service: &ServiceName) -> Duration {
@@ -302,5 +320,28 @@ mod tests {
         assert_eq!(writer.idle(&name()).as_secs(), 60);
         registry.resolve(&name()).await.unwrap();
         assert_eq!(writer.idle(&name()).as_secs(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_idlest_error_is_no_view_and_no_lookup_under_way() {
+        let (registry, writer, _interests) = channel(Duration::from_secs(5));
+        let names =
+            ["view", "waits", "used", "idle", "other"].map(|n| ServiceName::new("default", n).unwrap());
+        let [view_, _, used, idle, other] = &names;
+        for name in &names {
+            writer.begin(name);
+        }
+        let error = LookupError {
+            kind: LookupErrorKind::NotFound,
+            message: "not found".into(),
+        };
+        writer.answer(view_, Ok(view()));
+        for name in [used, idle, other] {
+            writer.answer(name, Err(error.clone()));
+        }
+        tokio::time::advance(Duration::from_secs(1)).await;
+        drop(registry.resolve(used).await);
+        assert_eq!(writer.idlest_error(|name| name != other).as_ref(), Some(idle));
+        assert_eq!(writer.idlest_error(|name| name == view_), None);
     }
 }

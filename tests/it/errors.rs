@@ -1,9 +1,13 @@
 //! What a client is told when no pod answers (contract D8).
 
 use http::{Request, StatusCode};
-use http_body_util::Full;
+use http_body_util::{BodyExt, Full};
 use kube_tunnel::testing::backend::{Protocols, Serve};
 use kube_tunnel::testing::{FakeCluster, ForwardFault, Identity, Rule};
+use serde_json::json;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
 
 use crate::app::TestApp;
 use crate::client::{Client, Reply, fetch, get};
@@ -193,4 +197,69 @@ async fn a_host_header_is_needed_and_only_one() {
         stream.read_to_string(&mut answer).await.unwrap();
         assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
     }
+}
+
+/// A pod whose one response ends with the connection, when the returned sender is dropped.
+async fn until_closed(cluster: &FakeCluster) -> oneshot::Sender<()> {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (close, closed) = oneshot::channel();
+    tokio::spawn(async move {
+        let (stream, _) = listener.accept().await.unwrap();
+        let mut stream = BufReader::new(stream);
+        let mut line = String::new();
+        while line != "\r\n" {
+            line.clear();
+            stream.read_line(&mut line).await.unwrap();
+        }
+        stream.write_all(b"HTTP/1.1 200 OK\r\n\r\nhello").await.unwrap();
+        drop(closed.await);
+    });
+    let backend = cluster.workload("shop", "old").port("http", 80, 8080);
+    backend.backend(move |_| address).create().unwrap();
+    close
+}
+
+#[tokio::test]
+async fn a_response_that_ends_with_the_connection_is_complete() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let close = until_closed(&cluster).await;
+    let app = TestApp::start(&cluster).await;
+    let response = Client::http1(app.address).await.send(get("old.shop", "/")).await;
+    drop(close);
+    assert_eq!(Reply::read(response).await.text(), "hello");
+}
+
+#[tokio::test]
+async fn a_port_forward_that_breaks_does_not_look_like_the_end_of_a_response() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let _close = until_closed(&cluster).await;
+    let app = TestApp::start(&cluster).await;
+    let mut client = Client::http1(app.address).await;
+    let mut response = client.send(get("old.shop", "/")).await;
+    let first = response.body_mut().frame().await.unwrap().unwrap();
+    assert_eq!(first.into_data().unwrap(), "hello");
+    cluster.restart();
+    assert!(
+        response.into_body().collect().await.is_err(),
+        "half a response looked complete"
+    );
+}
+
+#[tokio::test]
+async fn an_external_name_is_told_to_users_who_may_not_read_endpointslices() {
+    let cluster = cluster().await;
+    let service = json!({
+        "kind": "Service",
+        "metadata": {"name": "outside", "namespace": "shop"},
+        "spec": {"type": "ExternalName", "externalName": "example.org"},
+    });
+    cluster.apply(service).unwrap();
+    cluster.add_token("dev", "dev-token");
+    let rules = [Rule::new(&["get", "list", "watch"], &["services"])];
+    cluster.allow_only("dev", &rules);
+    let app = TestApp::start_as(&cluster, &Identity::Token("dev-token".into())).await;
+    let reply = fetch(app.address, "outside.shop", "/").await;
+    assert_eq!(reply.status, StatusCode::BAD_GATEWAY);
+    assert!(reply.text().contains("example.org"), "{}", reply.text());
 }

@@ -222,3 +222,84 @@ async fn a_service_is_followed_only_while_it_is_used() {
     let lists = || cluster.calls().iter().filter(|call| call.verb == "list").count();
     eventually("a new lookup", || lists() >= 2).await;
 }
+
+#[tokio::test]
+async fn a_pod_that_is_gone_makes_polled_endpoints_be_read_again() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = web(&cluster, 1);
+    let identity = user(
+        &cluster,
+        &[
+            Rule::new(&["get", "list"], &["services", "pods"]),
+            Rule::new(&["get", "create"], &["pods/portforward"]),
+        ],
+    );
+    let kubeconfig = cluster.kubeconfig_for(&identity).unwrap();
+    let flags = [(&setting::POLL_INTERVAL, "1h"), (&setting::MAX_RETRIES, "1")];
+    let app = TestApp::with(&kubeconfig, &flags).await;
+    assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
+
+    cluster.replace_pod("shop", &workload.pods[0].name).unwrap();
+    cluster.restart(); // the connection to the old pod is still good
+    cluster.clear_calls();
+    // It may fail, but it tells that the pod is gone.
+    fetch(app.address, WEB, "/").await;
+    let listed = |resource: &str| {
+        let calls = cluster.calls();
+        calls
+            .iter()
+            .any(|call| call.verb == "list" && call.resource == resource)
+    };
+    eventually("both lists", || listed("services") && listed("pods")).await;
+    let waiting = async { while fetch(app.address, WEB, "/").await.status != StatusCode::OK {} };
+    tokio::time::timeout(crate::app::PATIENCE, waiting)
+        .await
+        .expect("the new pod was never found");
+}
+
+#[tokio::test]
+async fn without_endpointslices_a_service_that_loses_its_selector_loses_its_pods() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let _workload = web(&cluster, 1);
+    let identity = user(
+        &cluster,
+        &[
+            Rule::new(&["get", "list", "watch"], &["services", "pods"]),
+            Rule::new(&["get", "create"], &["pods/portforward"]),
+        ],
+    );
+    let app = TestApp::start_as(&cluster, &identity).await;
+    assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
+    let mut service = cluster.get("Service", "shop", "web").unwrap();
+    service["spec"].as_object_mut().unwrap().remove("selector");
+    cluster.apply(service).unwrap();
+    let waiting = async {
+        loop {
+            let reply = fetch(app.address, WEB, "/").await;
+            if reply.status == StatusCode::FORBIDDEN {
+                return reply;
+            }
+        }
+    };
+    let reply = tokio::time::timeout(crate::app::PATIENCE, waiting)
+        .await
+        .expect("the old pod was used for ever");
+    assert!(reply.text().contains("selector"), "{}", reply.text());
+}
+
+#[tokio::test]
+async fn endpointslices_that_are_refused_later_are_replaced_by_pods() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = web(&cluster, 2);
+    let forward = Rule::new(&["get", "create"], &["pods/portforward"]);
+    let all = Rule::new(&["get", "list", "watch"], &["services", "pods", "endpointslices"]);
+    let identity = user(&cluster, &[forward.clone(), all]);
+    let app = TestApp::start_as(&cluster, &identity).await;
+    assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
+
+    let fewer = Rule::new(&["get", "list", "watch"], &["services", "pods"]);
+    user(&cluster, &[forward, fewer]);
+    cluster.restart();
+    cluster.set_ready("shop", &workload.pods[0].name, false);
+    wait_for_pods(&app, &[&workload.pods[1].name]).await;
+}
