@@ -5,14 +5,14 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use crate::config::Config;
 use crate::drain::{Drain, Drained};
 use crate::k8s::{ChannelForward, Cluster, Discovery};
-use crate::proxy::{BackendTls, Listener, Proxy};
+use crate::proxy::{Listener, PodTls, Proxy, Tls};
 use crate::registry;
 use crate::tls::{self, CertificateAuthority};
 
@@ -53,8 +53,10 @@ impl App {
         let proxy = Proxy::new(
             listener,
             &config.proxy,
-            tls::server_config(authority(config)?)?,
-            BackendTls::new(&config.backend_tls)?,
+            Tls {
+                server: tls::server_config(authority(config)?)?,
+                pods: PodTls::new(&config.backend_tls)?,
+            },
             registry,
             forward,
             clients.clone(),
@@ -78,8 +80,12 @@ impl App {
         self.proxy.addresses()
     }
 
-    /// Runs until `stop` resolves or an essential part has failed, then stops accepting, lets running requests end until the deadline, and ends the rest.
-    pub async fn run(self, stop: impl Future<Output = ()>) {
+    /// Runs until `stop` resolves or an essential part has failed, then stops accepting, lets running requests end until the
+    /// deadline, and ends the rest.
+    ///
+    /// # Errors
+    /// When a part has failed; why is in the log.
+    pub async fn run(self, stop: impl Future<Output = ()>) -> Result<()> {
         let Self {
             proxy,
             clients,
@@ -88,15 +94,17 @@ impl App {
             drain_timeout,
         } = self;
         clients.spawn(essential(proxy.run(), broken.clone()));
-        tokio::select! {
-            () = stop => {}
-            () = broken.cancelled() => error!("stopping: a part of the program has failed, see above"),
-        }
+        let failed = tokio::select! {
+            () = stop => false,
+            () = broken.cancelled() => true,
+        };
         match clients.complete(drain_timeout).await {
             Drained::Gracefully => info!("every request was completed"),
             Drained::Forced(left) => warn!(tasks = left, "cut off at the deadline"),
         }
         background.complete(BACKGROUND_GRACE).await;
+        ensure!(!failed, "a part of the program has failed; the log says why");
+        Ok(())
     }
 }
 

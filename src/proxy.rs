@@ -31,7 +31,7 @@ pub use cors::AllowOrigin;
 pub use error::{Error, Reply};
 pub use listener::{Bind, BindError, Listener};
 pub use retry::RetryPolicy;
-pub use upstream::BackendTls;
+pub use upstream::PodTls;
 
 /// Settings of the proxy.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,6 +52,15 @@ pub struct Config {
     pub header_timeout: Duration,
     /// How long a connection to a pod is kept without use.
     pub idle_timeout: Duration,
+}
+
+/// Both sides of TLS.
+#[derive(Debug)]
+pub struct Tls {
+    /// Towards clients.
+    pub server: Arc<ServerConfig>,
+    /// Towards pods.
+    pub pods: PodTls,
 }
 
 /// What every request needs.
@@ -86,8 +95,7 @@ impl Proxy {
     pub fn new(
         listener: Listener,
         config: &Config,
-        tls: Arc<ServerConfig>,
-        backend_tls: BackendTls,
+        tls: Tls,
         registry: Registry,
         connect: Arc<dyn Connect>,
         clients: Drain,
@@ -99,9 +107,9 @@ impl Proxy {
             cors: config.cors.clone(),
             forwarded_headers: config.forwarded_headers,
             header_timeout: config.header_timeout,
-            tls,
+            tls: tls.server,
             registry,
-            upstream: upstream::Upstream::new(connect, backend_tls, config.idle_timeout, pods),
+            upstream: upstream::Upstream::new(connect, tls.pods, config.idle_timeout, pods),
             cursor: Cursor::default(),
             clients,
         };

@@ -46,7 +46,7 @@ pub(super) fn run(mut config: Config, layers: &Layers) -> Result<ExitCode> {
         let _ = io::stdout().lock().write_all(guide.as_bytes());
         let code = run::until_stopped(app, signals).await;
         cluster.shutdown().await;
-        Ok(code)
+        code
     })
 }
 

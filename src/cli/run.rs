@@ -31,7 +31,7 @@ pub(super) fn run(config: &Config) -> Result<ExitCode> {
         info!(
             "DNS, mDNS and the set-up of the system's DNS are not part of this version yet: send the service as the Host header"
         );
-        Ok(until_stopped(app, signals).await)
+        until_stopped(app, signals).await
     })
 }
 
@@ -59,7 +59,7 @@ pub(super) async fn start(config: &Config, signals: &mut Signals) -> Result<Opti
 }
 
 /// Runs `app` until a first signal has made it drain, or a second one ends the wait for that.
-pub(super) async fn until_stopped(app: App, mut signals: Signals) -> ExitCode {
+pub(super) async fn until_stopped(app: App, mut signals: Signals) -> Result<ExitCode> {
     let (stop, stopped) = oneshot::channel::<()>();
     let signalled = async {
         let first = signals.next().await;
@@ -69,8 +69,8 @@ pub(super) async fn until_stopped(app: App, mut signals: Signals) -> ExitCode {
         warn!("ended before running requests were complete");
     };
     tokio::select! {
-        () = app.run(async { drop(stopped.await) }) => ExitCode::SUCCESS,
-        () = signalled => ExitCode::FAILURE,
+        ended = app.run(async { drop(stopped.await) }) => ended.map(|()| ExitCode::SUCCESS),
+        () = signalled => Ok(ExitCode::FAILURE),
     }
 }
 

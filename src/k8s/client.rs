@@ -229,8 +229,8 @@ fn build(
     tcp.set_keepalive_interval(Some(PROBE));
     tcp.set_keepalive_retries(Some(PROBES));
     tcp.set_connect_timeout(Some(timeout));
-    #[cfg(target_os = "linux")]
-    tcp.set_tcp_user_timeout(Some(KEEP_ALIVE));
+    // No TCP_USER_TIMEOUT: on Linux it also ends a connection whose peer is alive and just does not read, as a pod at a
+    // breakpoint does.
 
     let Some(proxy) = config.proxy_url.clone() else {
         return stack(config, token_file, tcp, timeout);

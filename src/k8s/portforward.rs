@@ -71,13 +71,15 @@ impl Connect for ChannelForward {
 
 fn connect_error(error: &kube::Error) -> ConnectError {
     let message = error::message(error);
+    let answered = matches!(error, kube::Error::Api(_) | kube::Error::UpgradeConnection(_));
     match error::kind(error) {
         Kind::Unauthorized => ConnectError::Unauthorized(message),
         Kind::Forbidden => ConnectError::Forbidden(message),
         // Besides a pod that was deleted, a kubelet that has just restarted answers so for a moment.
         Kind::NotFound => ConnectError::PodGone(message),
         Kind::Unavailable if pod_is_gone(&message) => ConnectError::PodGone(message),
-        Kind::Unavailable => ConnectError::Unavailable(message),
+        Kind::Unavailable if answered => ConnectError::Unavailable(message),
+        Kind::Unavailable => ConnectError::Unreachable(message),
     }
 }
 

@@ -130,13 +130,13 @@ pub(crate) enum Fresh {
 struct Shared {
     connect: Arc<dyn Connect>,
     /// The client's side of TLS, for either version of HTTP.
-    tls: BackendTls,
+    tls: PodTls,
     drain: Drain,
 }
 
 /// The client's side of TLS towards pods.
 #[derive(Clone)]
-pub struct BackendTls {
+pub struct PodTls {
     /// Offers HTTP/1.1 alone.
     http1: TlsConnector,
     /// Offers HTTP/2 alone.
@@ -145,13 +145,13 @@ pub struct BackendTls {
     warn: Arc<AtomicBool>,
 }
 
-impl fmt::Debug for BackendTls {
+impl fmt::Debug for PodTls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("BackendTls").finish_non_exhaustive()
+        f.debug_struct("PodTls").finish_non_exhaustive()
     }
 }
 
-impl BackendTls {
+impl PodTls {
     /// Makes it with this trust.
     ///
     /// # Errors
@@ -215,12 +215,7 @@ impl fmt::Debug for Upstream {
 impl Upstream {
     /// Makes empty pools over `connect`; connections unused for `idle_timeout` are closed. Its tasks run under `drain`.
     #[must_use]
-    pub(crate) fn new(
-        connect: Arc<dyn Connect>,
-        tls: BackendTls,
-        idle_timeout: Duration,
-        drain: &Drain,
-    ) -> Self {
+    pub(crate) fn new(connect: Arc<dyn Connect>, tls: PodTls, idle_timeout: Duration, drain: &Drain) -> Self {
         let this = Self {
             shared: Arc::new(Shared {
                 connect,

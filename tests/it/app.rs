@@ -46,7 +46,7 @@ impl TestApp {
         let app = App::bind(&config(file.to_str().unwrap(), &flags)).await.unwrap();
         let address = app.addresses()[0];
         let (stop, stopped) = oneshot::channel();
-        let running = tokio::spawn(app.run(async move { drop(stopped.await) }));
+        let running = tokio::spawn(async move { app.run(async move { drop(stopped.await) }).await.unwrap() });
         Self {
             address,
             stop: Some(stop),

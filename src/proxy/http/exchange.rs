@@ -122,6 +122,9 @@ pub(super) async fn exchange(
         debug!(%target, ?attempt, ?verdict, "attempt failed");
         // That the other version failed too says less than why the first one did.
         let error = switched.take().map_or(error, |(.., first)| first);
+        if matches!(error, Error::Connect(_, ConnectError::PodGone(_))) {
+            context.registry.recheck(&destination.service);
+        }
         match verdict {
             Verdict::Repeat => continue,
             Verdict::Reconnect => {
@@ -134,9 +137,6 @@ pub(super) async fn exchange(
             }
             Verdict::GiveUp => return Err(error),
             Verdict::MoveOn => {}
-        }
-        if matches!(error, Error::Connect(_, ConnectError::PodGone(_))) {
-            context.registry.recheck(&destination.service);
         }
         failed.push(endpoint.pod.clone());
         if last {
