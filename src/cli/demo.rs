@@ -12,6 +12,7 @@ use crate::config::{Config, Layers, Source};
 use crate::testing::FakeCluster;
 use crate::testing::Workload;
 use crate::testing::backend::{Protocols, Serve};
+use crate::tls::CertificateAuthority;
 
 /// The namespace of the sample services.
 const NAMESPACE: &str = "shop";
@@ -32,15 +33,21 @@ pub(super) fn run(mut config: Config, layers: &Layers) -> Result<ExitCode> {
         fs::write(&kubeconfig, cluster.kubeconfig()).context("cannot write the demo's kubeconfig")?;
         config.k8s.kubeconfig = Some(kubeconfig.clone());
         config.k8s.context = None;
+        // The demo leaves nothing behind, its certificate authority included.
+        config.state_dir = Some(folder.path().to_owned());
 
         let Some(app) = run::start(&config, &mut signals).await? else {
             return Ok(ExitCode::SUCCESS);
         };
         let port = app.addresses().first().context("no address is bound")?.port();
+        let zone = &config.proxy.naming.zone;
+        let certificate =
+            CertificateAuthority::certificate_path(&folder.path().join("tls").join(zone.as_str()));
         let guide = guide(
             port,
-            &config.proxy.naming.zone.to_string(),
+            zone.as_str(),
             &kubeconfig.display().to_string(),
+            &certificate.display().to_string(),
         );
         // Whether anybody reads the guide makes no difference to the demo.
         let _ = io::stdout().lock().write_all(guide.as_bytes());
@@ -73,7 +80,7 @@ fn sample_services(cluster: &FakeCluster) -> io::Result<Vec<Workload>> {
     ])
 }
 
-fn guide(port: u16, zone: &str, kubeconfig: &str) -> String {
+fn guide(port: u16, zone: &str, kubeconfig: &str, certificate: &str) -> String {
     let host = |service: &str| format!("{service}.{NAMESPACE}.svc.{zone}");
     let (web, greeter, broken) = (host("web"), host("greeter"), host("broken"));
     format!(
@@ -89,11 +96,15 @@ Paste into another terminal:
   # HTTP/1.1: ask twice, and both pods answer
   curl -H 'Host: {web}' http://localhost:{port}/
 
-  # HTTP/2 in clear text, on the same port
+  # HTTP/2 in clear text and HTTPS, on the same port
   curl --http2-prior-knowledge -H 'Host: {web}' http://localhost:{port}/
+  curl --cacert {certificate} --connect-to ::localhost:{port} https://{web}/
 
   # server-sent events arrive as they are written
   curl -N -H 'Host: {web}' 'http://localhost:{port}/sse?count=5&interval_ms=500'
+
+  # a WebSocket that sends back what you type
+  websocat -H 'Host: {web}' ws://localhost:{port}/ws
 
   # a large download through the port-forward
   curl -H 'Host: {web}' http://localhost:{port}/bytes/1073741824 -o /dev/null
