@@ -221,7 +221,7 @@ async fn a_refused_port_is_reported_by_kubectl() {
         tokio::io::AsyncWriteExt::write_all(&mut stream, b"GET / HTTP/1.1\r\n\r\n")
             .await
             .unwrap();
-        let text = forward.error_line_with("an error occurred forwarding").await;
+        let text = forward.error_line_with("n error occurred forwarding").await; // "An" since 1.37
         assert!(
             text.contains("failed to connect to localhost:8080 inside namespace"),
             "{text}"
