@@ -100,6 +100,7 @@ impl Config {
                     max_retries: layers.parse(&s::MAX_RETRIES)?,
                     base_delay: Duration::from_millis(layers.parse(&s::RETRY_DELAY_MS)?),
                 },
+                ready_timeout: layers.duration(&s::READY_TIMEOUT)?,
                 cors: layers.parse(&s::CORS_ALLOW_ORIGIN)?,
                 forwarded_headers: layers.switch(&s::FORWARDED_HEADERS)?,
                 header_timeout: layers.duration(&s::HEADER_TIMEOUT)?,

@@ -44,6 +44,8 @@ pub struct Config {
     pub naming: Naming,
     /// What is tried again.
     pub retry: RetryPolicy,
+    /// How long a request waits while a Service is between pods.
+    pub ready_timeout: Duration,
     /// Which origins may read the responses of backends that say nothing about it.
     pub cors: AllowOrigin,
     /// Whether requests tell the pod about the client (`X-Forwarded-*`, `Via`).
@@ -68,6 +70,7 @@ pub struct Tls {
 struct Context {
     naming: Naming,
     retry: RetryPolicy,
+    ready_timeout: Duration,
     cors: AllowOrigin,
     forwarded_headers: bool,
     header_timeout: Duration,
@@ -104,6 +107,7 @@ impl Proxy {
         let context = Context {
             naming: config.naming.clone(),
             retry: config.retry,
+            ready_timeout: config.ready_timeout,
             cors: config.cors.clone(),
             forwarded_headers: config.forwarded_headers,
             header_timeout: config.header_timeout,

@@ -209,13 +209,21 @@ pub static RESOLVE_TIMEOUT: Setting = Setting::new(
     "How long a request waits for the first answer about its Service",
     "Outlasts a restart of the API server.",
 );
+/// How long a request waits for a ready pod.
+pub static READY_TIMEOUT: Setting = Setting::new(
+    "ready-timeout",
+    Kind::Duration,
+    Some("10s"),
+    "How long a request waits while a Service is between pods",
+    "Covers a restart of a single pod. A Service that never had a pod is answered at once.",
+);
 /// How long the API server may take.
 pub static API_TIMEOUT: Setting = Setting::new(
     "api-timeout",
     Kind::Duration,
     Some("5s"),
     "How long the API server may take to answer the headers of a request",
-    "Several round trips to the other end of the world; streams are not cut.",
+    "Several round trips to the other end of the world. It bounds a whole list, but no stream.",
 );
 /// How often to poll without watch.
 pub static POLL_INTERVAL: Setting = Setting::new(
@@ -304,6 +312,7 @@ pub static ALL: &[&Setting] = &[
     &CORS_ALLOW_ORIGIN,
     &FORWARDED_HEADERS,
     &RESOLVE_TIMEOUT,
+    &READY_TIMEOUT,
     &API_TIMEOUT,
     &POLL_INTERVAL,
     &STATE_DIR,

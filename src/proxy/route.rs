@@ -190,7 +190,11 @@ mod tests {
             has_selector: true,
             publish_not_ready: false,
         };
-        View { service, endpoints }
+        View {
+            service,
+            endpoints,
+            served: false,
+        }
     }
 
     fn chosen(route: &Route) -> Vec<(&str, u16)> {

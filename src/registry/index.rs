@@ -130,6 +130,21 @@ impl Registry {
         let _ = self.interests.send(Interest::Recheck(service.clone()));
     }
 
+    /// Waits until what is known of a Service is no longer `seen`. Cancel-safe.
+    pub async fn changed(&self, seen: &Arc<View>) {
+        let mut entries = self.entries.clone();
+        let same = |answer: &Option<Result<Arc<View>, LookupError>>| matches!(answer, Some(Ok(view)) if Arc::ptr_eq(view, seen));
+        let changed = entries.wait_for(|entries| {
+            entries
+                .get(&seen.service.name)
+                .is_none_or(|entry| !same(&entry.answer))
+        });
+        let nobody_writes = changed.await.is_err();
+        if nobody_writes {
+            std::future::pending().await // shutdown; the caller has a deadline
+        }
+    }
+
     /// Returns the answer that is there already, and notes that it was used.
     fn known(&self, service: &ServiceName) -> Option<Result<Arc<View>, LookupError>> {
         let entries = self.entries.borrow();
@@ -190,7 +205,11 @@ impl Writer {
     pub fn answer(&self, service: &ServiceName, answer: Result<View, LookupError>) {
         self.entries.send_modify(|entries| {
             if let Some(entry) = entries.get_mut(service) {
-                entry.answer = Some(answer.map(Arc::new));
+                let served = matches!(&entry.answer, Some(Ok(before)) if before.served);
+                entry.answer = Some(answer.map(|mut view| {
+                    view.served = served || view.endpoints.iter().any(|endpoint| view.serves(endpoint));
+                    Arc::new(view)
+                }));
                 entry.trouble = None;
             }
         });
@@ -267,6 +286,7 @@ mod tests {
         View {
             service,
             endpoints: vec![],
+            served: false,
         }
     }
 

@@ -64,9 +64,18 @@ pub struct View {
     pub service: Service,
     /// All its endpoints, ready or not, ordered by pod so that equal states are equal.
     pub endpoints: Vec<Arc<Endpoint>>,
+    /// Whether there has been an endpoint that serves since the Service is followed; kept by the registry.
+    pub served: bool,
 }
 
 impl View {
+    /// Reports whether an endpoint that serves may be expected soon: there are pods that are not ready, or there was one
+    /// that was.
+    #[must_use]
+    pub fn is_between_pods(&self) -> bool {
+        self.served || !self.endpoints.is_empty()
+    }
+
     /// Reports whether `endpoint` may get new connections: ready, or published before it is ready, and not terminating.
     #[must_use]
     pub fn serves(&self, endpoint: &Endpoint) -> bool {

@@ -303,3 +303,36 @@ async fn endpointslices_that_are_refused_later_are_replaced_by_pods() {
     cluster.set_ready("shop", &workload.pods[0].name, false);
     wait_for_pods(&app, &[&workload.pods[1].name]).await;
 }
+
+#[tokio::test]
+async fn a_request_that_finds_no_ready_pod_waits_for_one() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = web(&cluster, 1);
+    let app = TestApp::start(&cluster).await;
+    let pod = &workload.pods[0].name;
+    cluster.set_ready("shop", pod, false);
+    cluster.clear_calls();
+    let address = app.address;
+    let waiting = tokio::spawn(async move { fetch(address, WEB, "/").await.status });
+    eventually("the lookup", || {
+        cluster
+            .calls()
+            .iter()
+            .any(|call| call.resource == "endpointslices")
+    })
+    .await;
+    cluster.set_ready("shop", pod, true);
+    assert_eq!(waiting.await.unwrap(), StatusCode::OK);
+}
+
+#[tokio::test]
+async fn the_wait_for_a_ready_pod_is_bounded() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = web(&cluster, 1);
+    let app = TestApp::with(&cluster.kubeconfig(), &[(&setting::READY_TIMEOUT, "100ms")]).await;
+    cluster.set_ready("shop", &workload.pods[0].name, false);
+    assert_eq!(
+        fetch(app.address, WEB, "/").await.status,
+        StatusCode::SERVICE_UNAVAILABLE
+    );
+}

@@ -227,7 +227,11 @@ impl Follower {
             }
             (None, _) => return,
         };
-        self.tell(Ok(View { service, endpoints }));
+        self.tell(Ok(View {
+            service,
+            endpoints,
+            served: false,
+        }));
     }
 
     fn tell(&mut self, answer: Result<View, LookupError>) {

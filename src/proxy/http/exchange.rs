@@ -6,6 +6,7 @@ use http::request::Parts;
 use http::{Method, Request};
 use http_body::Body;
 use hyper::body::Incoming;
+use tokio::time::Instant;
 use tracing::debug;
 
 use crate::name::ServiceName;
@@ -170,6 +171,7 @@ fn choose(upgrade: bool, grpc: bool, hint: Hint, spoken: Option<Wire>) -> Choice
     Choice { wire, undecided }
 }
 
+/// Looks up where the request may go, and waits for a ready pod where one may be expected.
 async fn locate(context: &Context, destination: &Destination) -> Result<Route, Error> {
     let Destination {
         service,
@@ -177,12 +179,22 @@ async fn locate(context: &Context, destination: &Destination) -> Result<Route, E
         port,
         ..
     } = destination;
-    let view = context
-        .registry
-        .resolve(service)
-        .await
-        .map_err(|error| Error::Lookup(service.clone(), error))?;
-    route(&view, *port, hostname.as_deref())
+    let deadline = Instant::now() + context.ready_timeout;
+    loop {
+        let resolved = context.registry.resolve(service).await;
+        let view = resolved.map_err(|error| Error::Lookup(service.clone(), error))?;
+        let routed = route(&view, *port, hostname.as_deref());
+        if !matches!(routed, Err(Error::NoEndpoint { .. })) || !view.is_between_pods() {
+            return routed;
+        }
+        context.registry.recheck(service);
+        if tokio::time::timeout_at(deadline, context.registry.changed(&view))
+            .await
+            .is_err()
+        {
+            return routed;
+        }
+    }
 }
 
 /// A request that may have to be sent more than once.
