@@ -57,4 +57,5 @@ build_images() {
 build_clients() {
   go_build -ldflags '-s -w' -o "$1/grpcurl" github.com/fullstorydev/grpcurl/cmd/grpcurl
   go_build -ldflags '-s -w' -o "$1/grpc-interop-client" google.golang.org/grpc/interop/client
+  go_build -ldflags '-s -w' -o "$1/h2spec" github.com/summerwind/h2spec/cmd/h2spec
 }

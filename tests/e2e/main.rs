@@ -7,7 +7,7 @@
 //! | `KUBE_TUNNEL_BIN` | the program | `target/release/kube-tunnel` |
 //! | `KUBE_TUNNEL_CLUSTER_STATE` | says that the cluster is one of `tests/cluster/up`, with components to end | unset |
 //!
-//! `kubectl`, `grpcurl`, `grpc-interop-client`, `curl`, `unshare` and `kill` come from `PATH`. What is missing is a failure,
+//! `kubectl`, `grpcurl`, `grpc-interop-client`, `h2spec`, `curl`, `unshare` and `kill` come from `PATH`. What is missing is a failure,
 //! not a skip; on a cluster of another kind leave out what ends components with `-- --skip outage`.
 #![expect(
     clippy::unwrap_used,
@@ -17,6 +17,7 @@
 mod client;
 mod cluster;
 mod command;
+mod conformance;
 mod events;
 mod grpc;
 mod http;
@@ -29,6 +30,7 @@ mod ports;
 mod program;
 mod rights;
 mod scene;
+mod secure;
 mod stalled;
 mod traffic;
 mod trouble;

@@ -20,7 +20,7 @@ pub(crate) struct Proxy {
     child: Child,
     log: Arc<Mutex<Vec<String>>>,
     /// Its settings and its state.
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 impl Proxy {
@@ -56,7 +56,7 @@ impl Proxy {
             address,
             child,
             log,
-            _folder: folder,
+            folder,
         };
         eventually("the proxy to listen", async || {
             assert!(
@@ -87,6 +87,11 @@ impl Proxy {
     /// Returns all that it has logged.
     pub(crate) fn log(&self) -> String {
         self.log.lock().unwrap().join("\n")
+    }
+
+    /// Returns the file of the certificate that clients are to trust.
+    pub(crate) fn certificate(&self) -> PathBuf {
+        self.folder.path().join("state/tls/cluster.local/server.crt")
     }
 
     /// Returns its address as command lines take it.
