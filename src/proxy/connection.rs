@@ -1,5 +1,6 @@
 //! One client connection: tells its protocol, ends TLS, and serves HTTP on it until it ends or the drain has been heeded.
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +18,7 @@ use tracing::{debug, info};
 
 use crate::proxy::Context;
 use crate::proxy::detect::{self, Prefixed, Protocol};
-use crate::proxy::h2c::{self, Injected};
+use crate::proxy::h2c;
 use crate::proxy::http::answer;
 
 /// HTTP/2 towards clients as the seed has it: 1000 streams, 1 MiB frames; windows that keep a bulk upload moving.
@@ -252,9 +253,16 @@ async fn serve_upgraded(
     downstream: Arc<Downstream>,
 ) {
     let address = downstream.client;
-    let ended = match client.await {
-        Ok(stream) => serve_http2(context, Injected::new(TokioIo::new(stream), frames), downstream).await,
-        Err(error) => Err(error),
+    let opening = async {
+        let stream = TokioIo::new(client.await.map_err(io::Error::other)?);
+        h2c::inject(stream, &frames).await
+    };
+    let ended = match tokio::time::timeout(context.header_timeout, opening).await {
+        Ok(Ok(stream)) => serve_http2(context, stream, downstream)
+            .await
+            .map_err(io::Error::other),
+        Ok(Err(error)) => Err(error),
+        Err(_) => Err(io::ErrorKind::TimedOut.into()),
     };
     if let Err(error) = ended {
         debug!(client = %address, %error, "client connection ended");

@@ -94,23 +94,25 @@ where
         }
     };
     match tokio::time::timeout(patience, reading).await {
-        Ok(Ok(Some(protocol))) => Ok(Some((
-            protocol,
-            Prefixed {
-                prefix: bytes.freeze(),
-                stream,
-            },
-        ))),
+        Ok(Ok(Some(protocol))) => Ok(Some((protocol, Prefixed::new(bytes.freeze(), stream)))),
         Ok(Ok(None)) | Err(_) => Ok(None),
         Ok(Err(error)) => Err(error),
     }
 }
 
-/// A stream whose first bytes have been read already; they are read again first.
+/// A stream with bytes before its own: those that have been read already, to be read again.
 #[derive(Debug)]
 pub struct Prefixed<S> {
     prefix: Bytes,
     stream: S,
+}
+
+impl<S> Prefixed<S> {
+    /// Puts `prefix` before what `stream` has to read.
+    #[must_use]
+    pub fn new(prefix: Bytes, stream: S) -> Self {
+        Self { prefix, stream }
+    }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Prefixed<S> {

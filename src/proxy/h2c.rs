@@ -5,18 +5,17 @@
 //! knowledge would have sent, just behind the client's own preface and settings.
 
 use std::io;
-use std::pin::Pin;
-use std::task::{Context, Poll, ready};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use http::header::{CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, UPGRADE};
 use http::{Request, Response, StatusCode};
 use http_body::Body;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _};
 
 use crate::proxy::body::ResponseBody;
+use crate::proxy::detect::Prefixed;
 use crate::proxy::http::headers;
 
 /// The length of the client connection preface, and of a frame's header (RFC 9113 sections 3.4 and 4.1).
@@ -121,29 +120,24 @@ fn string(block: &mut BytesMut, text: &[u8]) {
     block.put_slice(text);
 }
 
-/// A client's stream with frames written in behind its preface and first SETTINGS frame.
-pub(super) struct Injected<S> {
-    stream: S,
-    state: State,
-}
-
-enum State {
-    /// The preface and the SETTINGS frame are still coming in.
-    Opening { read: BytesMut, frames: Bytes },
-    /// These bytes come next, and then the stream's own.
-    Passing(Bytes),
-}
-
-impl<S: AsyncRead + AsyncWrite + Unpin> Injected<S> {
-    pub(super) fn new(stream: S, frames: Bytes) -> Self {
-        Self {
-            stream,
-            state: State::Opening {
-                read: BytesMut::new(),
-                frames,
-            },
+/// Reads a client's preface and first SETTINGS frame, and gives the stream back with `frames` written in behind them.
+///
+/// # Errors
+/// Any error of the stream, `UnexpectedEof` when it ends before that, `InvalidData` when that is not what comes.
+pub(super) async fn inject<S: AsyncRead + Unpin>(mut stream: S, frames: &[u8]) -> io::Result<Prefixed<S>> {
+    let mut read = BytesMut::new();
+    let end = loop {
+        if let Some(end) = opening_end(&read) {
+            break end?;
         }
-    }
+        if stream.read_buf(&mut read).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    };
+    let rest = read.split_off(end);
+    read.extend_from_slice(frames);
+    read.extend_from_slice(&rest);
+    Ok(Prefixed::new(read.freeze(), stream))
 }
 
 /// The end of the preface and the SETTINGS frame behind it, once all of that is there.
@@ -153,79 +147,18 @@ fn opening_end(read: &[u8]) -> Option<io::Result<usize>> {
         .iter()
         .fold(0, |length, &byte| length << 8 | usize::from(byte));
     if length > MAX_SETTINGS {
-        return Some(Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "the first frame is too large to be SETTINGS",
-        )));
+        let text = "the first frame is too large to be SETTINGS";
+        return Some(Err(io::Error::new(io::ErrorKind::InvalidData, text)));
     }
     let end = PREFACE + FRAME_HEADER + length;
     (read.len() >= end).then_some(Ok(end))
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Injected<S> {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        loop {
-            match &mut this.state {
-                State::Passing(bytes) if bytes.is_empty() => {
-                    return Pin::new(&mut this.stream).poll_read(cx, buf);
-                }
-                State::Passing(bytes) => {
-                    let length = bytes.len().min(buf.remaining());
-                    buf.put_slice(&bytes[..length]);
-                    bytes.advance(length);
-                    return Poll::Ready(Ok(()));
-                }
-                State::Opening { read, frames } => match opening_end(read).transpose()? {
-                    Some(end) => {
-                        let rest = read.split_off(end);
-                        read.extend_from_slice(frames);
-                        read.unsplit(rest);
-                        this.state = State::Passing(read.split().freeze());
-                    }
-                    None => {
-                        let reading = std::pin::pin!(this.stream.read_buf(read));
-                        if ready!(reading.poll(cx))? == 0 {
-                            this.state = State::Passing(Bytes::new()); // the library reports what is missing
-                        }
-                    }
-                },
-            }
-        }
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Injected<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use tokio::io::AsyncWriteExt as _;
+    use tokio::io::AsyncReadExt;
 
     #[test]
     fn lengths_beyond_the_prefix_take_more_bytes() {
@@ -268,17 +201,10 @@ mod tests {
             let split = split.min(sent.len());
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
             let seen = runtime.block_on(async {
-                let (mut client, server) = tokio::io::duplex(256);
-                let writing = async {
-                    client.write_all(&sent[..split]).await.unwrap();
-                    tokio::task::yield_now().await;
-                    client.write_all(&sent[split..]).await.unwrap();
-                    drop(client);
-                };
+                let stream = AsyncReadExt::chain(&sent[..split], &sent[split..]);
                 let mut seen = Vec::new();
-                let mut injected = Injected::new(server, Bytes::from_static(b"frames"));
-                let (_, read) = tokio::join!(writing, injected.read_to_end(&mut seen));
-                read.unwrap();
+                let mut injected = inject(stream, b"frames").await.unwrap();
+                injected.read_to_end(&mut seen).await.unwrap();
                 seen
             });
             prop_assert_eq!(seen, expected);
