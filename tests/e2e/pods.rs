@@ -58,7 +58,11 @@ async fn no_get_fails_when_a_pod_is_deleted() {
             .await
             .succeeded();
 
-        assert_ne!(fetch(proxy.address, &host, "/health").await.pod(), pod);
+        // A forced deletion returns before the endpoints have followed; until then the pod may still answer.
+        eventually("another pod to answer", async || {
+            fetch(proxy.address, &host, "/health").await.pod() != pod
+        })
+        .await;
         own.rolled_out("deployment/web").await;
         own.ready_endpoints("web", 2).await;
         let tally = traffic.stop().await;
