@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use kube_tunnel::app::App;
 use kube_tunnel::config::{Config, Layers, Setting, setting};
-use kube_tunnel::testing::{FakeCluster, Identity};
+use kube_tunnel::testing::backend::{Protocols, Serve};
+use kube_tunnel::testing::{FakeCluster, Identity, Workload};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
@@ -101,4 +102,16 @@ pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) 
     tokio::time::timeout(PATIENCE, waiting)
         .await
         .unwrap_or_else(|_| panic!("never happened: {what}"));
+}
+
+/// Makes the Service `web` of the namespace `shop` with pods that speak both versions of HTTP.
+pub(crate) fn web(cluster: &FakeCluster, replicas: usize) -> Workload {
+    let any = Serve::Http(Protocols::Any);
+    cluster
+        .workload("shop", "web")
+        .port("http", 80, ("http", 8080))
+        .serve(any)
+        .replicas(replicas)
+        .create()
+        .unwrap()
 }

@@ -11,22 +11,11 @@ use kube_tunnel::testing::{FakeCluster, Workload};
 use prost::Message;
 use tokio::time::Instant;
 
-use crate::app::{TestApp, eventually};
+use crate::app::{TestApp, eventually, web};
 use crate::client::{Client, Reply, fetch, get};
 
 const WEB: &str = "web.shop.svc.cluster.local";
 const GRPC: &str = "greeter.shop.svc.cluster.local";
-
-fn web(cluster: &FakeCluster, replicas: usize) -> Workload {
-    let any = Serve::Http(Protocols::Any);
-    cluster
-        .workload("shop", "web")
-        .port("http", 80, ("http", 8080))
-        .serve(any)
-        .replicas(replicas)
-        .create()
-        .unwrap()
-}
 
 fn greeter(cluster: &FakeCluster) -> Workload {
     let h2c = Serve::Http(Protocols::Http2);

@@ -4,24 +4,12 @@ use std::collections::BTreeSet;
 
 use http::StatusCode;
 use kube_tunnel::config::setting;
-use kube_tunnel::testing::backend::{Protocols, Serve};
-use kube_tunnel::testing::{FakeCluster, ForwardFault, Identity, Rule, Workload};
+use kube_tunnel::testing::{FakeCluster, ForwardFault, Identity, Rule};
 
-use crate::app::{TestApp, eventually};
+use crate::app::{TestApp, eventually, web};
 use crate::client::fetch;
 
 const WEB: &str = "web.shop.svc.cluster.local";
-
-fn web(cluster: &FakeCluster, replicas: usize) -> Workload {
-    let any = Serve::Http(Protocols::Any);
-    cluster
-        .workload("shop", "web")
-        .port("http", 80, ("http", 8080))
-        .serve(any)
-        .replicas(replicas)
-        .create()
-        .unwrap()
-}
 
 /// A user with exactly these rights in the namespace `shop`.
 fn user(cluster: &FakeCluster, rules: &[Rule]) -> Identity {
