@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 use crate::config::Config;
 use crate::drain::{Drain, Drained};
-use crate::k8s::{ChannelForward, Cluster, Discovery};
+use crate::k8s::{Cluster, Discovery, PortForward};
 use crate::proxy::{Listener, PodTls, Proxy, Tls};
 use crate::registry;
 use crate::tls::{self, CertificateAuthority};
@@ -49,7 +49,13 @@ impl App {
         let broken = CancellationToken::new();
         let discovering = discovery.run(interests, background.clone());
         background.spawn(essential(discovering, broken.clone()));
-        let forward = Arc::new(ChannelForward::new(&cluster, config.k8s.timeout));
+        let forward = Arc::new(PortForward::new(
+            &cluster,
+            config.k8s.carriers,
+            config.k8s.timeout,
+            config.k8s.idle_timeout,
+            &background,
+        ));
         let proxy = Proxy::new(
             listener,
             &config.proxy,

@@ -88,6 +88,7 @@ impl Config {
                 timeout: layers.duration(&s::API_TIMEOUT)?,
                 poll_interval: layers.duration(&s::POLL_INTERVAL)?,
                 idle_timeout,
+                carriers: layers.parse(&s::PORT_FORWARD)?,
             },
             proxy: proxy::Config {
                 bind: bind(layers)?,

@@ -15,4 +15,4 @@ mod token_file;
 
 pub use client::{Cluster, Config, ConnectionError};
 pub use discovery::Discovery;
-pub use portforward::ChannelForward;
+pub use portforward::{Carriers, PortForward};

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use jiff::SignedDuration;
 
+use crate::k8s::Carriers;
+
 /// What values a setting takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -184,6 +186,15 @@ pub static BACKEND_TLS: Setting = Setting::new(
     "`skip` checks none: the port-forward has already reached the very pod. A file makes the certificate's name, which \
      must be the Service's, count too.",
 );
+/// Which forms of port-forward are tried.
+pub static PORT_FORWARD: Setting = Setting::new(
+    "port-forward",
+    Kind::Choice(Carriers::NAMES),
+    Some("auto"),
+    "How port-forwards get through the API server",
+    "`auto` finds out what works: `spdy` first, which is the least work for everybody, then `tunnel` (SPDY inside a WebSocket, \
+     for proxies that pass nothing else), then `channel` (one WebSocket for each connection, for the oldest servers).",
+);
 /// Which web pages may read responses.
 pub static CORS_ALLOW_ORIGIN: Setting = Setting::new(
     "cors-allow-origin",
@@ -308,6 +319,7 @@ pub static ALL: &[&Setting] = &[
     &IDLE_TIMEOUT,
     &DRAIN_TIMEOUT,
     &HEADER_TIMEOUT,
+    &PORT_FORWARD,
     &BACKEND_TLS,
     &CORS_ALLOW_ORIGIN,
     &FORWARDED_HEADERS,

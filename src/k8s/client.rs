@@ -20,6 +20,7 @@ use tower::util::MapRequestLayer;
 use tower::{BoxError, ServiceBuilder, ServiceExt};
 
 use crate::k8s::error::{self, Kind};
+use crate::k8s::portforward::Carriers;
 use crate::k8s::token_file::TokenFile;
 
 /// Dead peers must be noticed well before a user gives up: first probe after this silence, then every [`PROBE`].
@@ -45,8 +46,10 @@ pub struct Config {
     pub timeout: Duration,
     /// How often a Service is read again where watching is refused.
     pub poll_interval: Duration,
-    /// How long a Service is followed after its last use.
+    /// How long a Service is followed, and a port-forward kept, after its last use.
     pub idle_timeout: Duration,
+    /// Which forms of port-forward are tried.
+    pub carriers: Carriers,
 }
 
 /// Why there is no usable connection to a cluster. Each prints as one line that says what to do.

@@ -1,213 +1,214 @@
-//! Port-forwards through the API server's WebSocket channel protocol (`v4.channel.k8s.io`): one upgraded connection for
-//! each stream, as the kube crate offers it. Works on every server version.
+//! Port-forwards through the API server: many connections over few upgraded ones.
+//!
+//! A connection to a pod's port costs no round trip of its own once there is a session to the pod ([`pool`], [`placement`]),
+//! and none disturbs another ([`spdy`]). How sessions get through the API server is found out once ([`carrier`]).
 
-use std::future::Future;
-use std::io;
-use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+mod carrier;
+mod cause;
+mod channel;
+mod placement;
+mod pool;
+mod ports;
+mod spdy;
+mod tunnel;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Pod;
-use kube::{Api, Client};
-use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
+use kube::Client;
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+use tracing::{debug, warn};
 
+use crate::drain::Drain;
 use crate::k8s::Cluster;
-use crate::k8s::error::{self, Kind};
+use crate::registry::PodRef;
 use crate::transport::{BoxStream, Connect, ConnectError, Connecting, Target};
 
-/// Opens each stream as a port-forward of its own.
-#[derive(Clone)]
-pub struct ChannelForward {
-    client: Client,
-    timeout: Duration,
+pub use carrier::Carriers;
+use carrier::{Carrier, Memory, Refusal};
+use pool::{Pool, Way};
+use ports::Ports;
+use spdy::{Phase, Session};
+
+/// How many sessions are opened at the same time: each costs the API server, the kubelet and the runtime a connection, and
+/// after an API server's restart all are opened again.
+const DIALS: usize = 8;
+
+/// How long the first answer of a session may take. A proxy on the way may pass the upgrade and swallow what follows.
+const PROOF: Duration = Duration::from_secs(3);
+
+/// Opens connections to pods.
+pub struct PortForward {
+    dialer: Arc<Dialer>,
+    pools: Arc<Mutex<HashMap<PodRef, Arc<Pool>>>>,
+    drain: Drain,
 }
 
-impl std::fmt::Debug for ChannelForward {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ChannelForward")
-            .field("timeout", &self.timeout)
+impl fmt::Debug for PortForward {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PortForward")
+            .field("carriers", &self.dialer.carriers)
             .finish_non_exhaustive()
     }
 }
 
-impl ChannelForward {
-    /// Makes the transport. `timeout` bounds one upgrade.
+impl PortForward {
+    /// Makes the transport; nothing is opened yet. `timeout` bounds one upgrade, sessions unused for `idle_timeout` are
+    /// closed. Its tasks run under `drain`.
     #[must_use]
-    pub fn new(cluster: &Cluster, timeout: Duration) -> Self {
-        Self {
-            client: cluster.client.clone(),
-            timeout,
-        }
+    pub fn new(
+        cluster: &Cluster,
+        carriers: Carriers,
+        timeout: Duration,
+        idle_timeout: Duration,
+        drain: &Drain,
+    ) -> Self {
+        let this = Self {
+            dialer: Arc::new(Dialer {
+                client: cluster.client.clone(),
+                carriers: Memory::new(carriers),
+                timeout,
+                permits: Semaphore::new(DIALS),
+                drain: drain.clone(),
+            }),
+            pools: Arc::default(),
+            drain: drain.clone(),
+        };
+        let (pools, waiting) = (this.pools.clone(), drain.clone());
+        drain.spawn(async move {
+            tokio::select! {
+                () = waiting.started() => {}
+                () = sweep(&pools, idle_timeout) => {}
+            }
+        });
+        this
     }
 
     async fn open(&self, target: &Target) -> Result<BoxStream, ConnectError> {
-        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &target.pod.namespace);
-        let ports = [target.port];
-        let opening = pods.portforward(&target.pod.name, &ports);
-        let mut forward = tokio::time::timeout(self.timeout, opening)
-            .await
-            .map_err(|_| ConnectError::Timeout(target.clone(), self.timeout))?
-            .map_err(|error| connect_error(&error))?;
-        let unavailable = || ConnectError::Unavailable("the port-forward has no stream".into());
-        let stream = forward.take_stream(target.port).ok_or_else(unavailable)?;
-        let failure = forward.take_error(target.port).ok_or_else(unavailable)?;
-        let broken = async move {
-            let error = forward.join().await.err()?;
-            Some(format!("the port-forward broke: {error}"))
+        let pool = {
+            let mut pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
+            let new = || {
+                Arc::new(Pool::new(
+                    target.pod.clone(),
+                    self.dialer.clone(),
+                    self.drain.clone(),
+                ))
+            };
+            pools.entry(target.pod.clone()).or_insert_with(new).clone()
         };
-        Ok(Box::new(PodStream {
-            stream,
-            failure: Some(Box::pin(failure)),
-            broken: Some(Box::pin(broken)),
-        }))
+        match pool.connect(target.port).await? {
+            Way::Stream(stream) => Ok(Box::new(stream)),
+            Way::Single => channel::open(self.dialer.client.clone(), target, self.dialer.timeout).await,
+        }
     }
 }
 
-impl Connect for ChannelForward {
+impl Connect for PortForward {
     fn connect<'a>(&'a self, target: &'a Target) -> Connecting<'a> {
         Box::pin(self.open(target))
     }
 }
 
-fn connect_error(error: &kube::Error) -> ConnectError {
-    let message = error::message(error);
-    let answered = matches!(error, kube::Error::Api(_) | kube::Error::UpgradeConnection(_));
-    match error::kind(error) {
-        Kind::Unauthorized => ConnectError::Unauthorized(message),
-        Kind::Forbidden => ConnectError::Forbidden(message),
-        // Besides a pod that was deleted, a kubelet that has just restarted answers so for a moment.
-        Kind::NotFound => ConnectError::PodGone(message),
-        Kind::Unavailable if pod_is_gone(&message) => ConnectError::PodGone(message),
-        Kind::Unavailable if answered => ConnectError::Unavailable(message),
-        Kind::Unavailable => ConnectError::Unreachable(message),
+/// Closes what is unused, at least each minute (contract G2).
+async fn sweep(pools: &Mutex<HashMap<PodRef, Arc<Pool>>>, idle_timeout: Duration) {
+    let period = (idle_timeout / 10).clamp(Duration::from_millis(10), Duration::from_mins(1));
+    let mut ticks = tokio::time::interval(period);
+    loop {
+        ticks.tick().await;
+        let now = Instant::now();
+        let mut pools = pools.lock().unwrap_or_else(PoisonError::into_inner);
+        pools.retain(|_, pool| pool.expire(idle_timeout, now));
     }
 }
 
-/// The runtime's and the kubelet's words for a pod that has ended but whose object is still there.
-fn pod_is_gone(message: &str) -> bool {
-    [
-        "pod not found",
-        "not running",
-        "does not exist",
-        "failed to find sandbox",
-        "is closed",
-    ]
-    .iter()
-    .any(|words| message.contains(words))
+/// Opens sessions.
+struct Dialer {
+    client: Client,
+    carriers: Memory,
+    timeout: Duration,
+    permits: Semaphore,
+    drain: Drain,
 }
 
-/// Resolves with the text of a failure, or with nothing when there was none.
-type Failure = Pin<Box<dyn Future<Output = Option<String>> + Send>>;
-
-/// The data channel of one forward. kube's task moves the bytes between it and the WebSocket, and closes it in the same way
-/// at the end of the data and at a failure; so the end is looked into before it is believed.
-struct PodStream {
-    stream: DuplexStream,
-    /// The forward's error channel; taken when it has resolved. Without a text it does so only when kube's task has let go
-    /// of it, which is before the task lets go of the data.
-    failure: Option<Failure>,
-    /// The end of kube's task; taken when it is known or of no interest any more.
-    broken: Option<Failure>,
+impl fmt::Debug for Dialer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Dialer")
+            .field("carriers", &self.carriers)
+            .finish_non_exhaustive()
+    }
 }
 
-impl PodStream {
-    /// Tells why the data has ended: nothing for a Close frame, after which kube's task goes on until we close too. Pending
-    /// only for the moment in which the task ends.
-    fn poll_cause(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Error>> {
-        if let Some(failure) = &mut self.failure {
-            let Poll::Ready(text) = failure.as_mut().poll(cx) else {
-                return Poll::Ready(None);
-            };
-            self.failure = None;
-            if let Some(text) = text {
-                self.broken = None;
-                return Poll::Ready(Some(io::Error::new(failure_kind(&text), error::one_line(&text))));
+/// What a dial has brought.
+#[derive(Debug)]
+enum Dialed {
+    /// A session.
+    Session(Session),
+    /// The cluster's port-forwards carry one connection each.
+    Single,
+}
+
+impl Dialer {
+    /// Opens a session in the form that works, or finds out which does.
+    async fn dial(&self, pod: &PodRef, ports: &Arc<Ports>) -> Result<Dialed, ConnectError> {
+        let _permit = self.permits.acquire().await;
+        let mut first = None;
+        for carrier in self.carriers.order() {
+            match self.dial_as(carrier, pod, ports).await {
+                Ok(dialed) => {
+                    if !self.carriers.works(carrier) {
+                        debug!(?carrier, "port-forwards work");
+                        self.carriers.note(carrier);
+                    }
+                    return Ok(dialed);
+                }
+                Err(Refusal { error, form: false }) => return Err(first.unwrap_or(error)),
+                Err(Refusal { error, form: true }) => {
+                    debug!(?carrier, %error, "this form of port-forward does not work here");
+                    first.get_or_insert(error);
+                }
             }
         }
-        let Some(broken) = &mut self.broken else {
-            return Poll::Ready(None);
+        Err(first.unwrap_or_else(|| ConnectError::Unavailable("no form of port-forward is allowed".into())))
+    }
+
+    async fn dial_as(&self, carrier: Carrier, pod: &PodRef, ports: &Arc<Ports>) -> Result<Dialed, Refusal> {
+        if carrier == Carrier::Channel {
+            return Ok(Dialed::Single);
+        }
+        let io = carrier::upgrade(&self.client, carrier, pod, self.timeout).await?;
+        let session = match carrier {
+            Carrier::Tunnel => Session::start(tunnel::Tunnel::new(io), ports.clone(), &self.drain),
+            _ => Session::start(io, ports.clone(), &self.drain),
         };
-        let text = ready!(broken.as_mut().poll(cx));
-        self.broken = None;
-        Poll::Ready(text.map(|text| io::Error::new(io::ErrorKind::ConnectionAborted, error::one_line(&text))))
-    }
-}
-
-/// Tells what a runtime's text means for the stream (containerd's and cri-o's wording, and that of Windows nodes). The text
-/// may name the pod, so one word is not enough.
-fn failure_kind(text: &str) -> io::ErrorKind {
-    let has = |words: &str| text.contains(words);
-    if has("connection reset") || has("broken pipe") {
-        io::ErrorKind::ConnectionReset
-    } else if has("connection refused")
-        || has("actively refused")
-        || has("failed to connect")
-        || has("failed to dial")
-        || has("namespace for sandbox")
-    {
-        io::ErrorKind::ConnectionRefused
-    } else {
-        io::ErrorKind::ConnectionAborted
-    }
-}
-
-impl AsyncRead for PodStream {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        let result = ready!(Pin::new(&mut self.stream).poll_read(cx, buf));
-        let ended = result.is_err() || (buf.filled().len() == before && buf.remaining() > 0);
-        if !ended {
-            return Poll::Ready(result);
+        if !self.carriers.works(carrier) {
+            prove(&session).await?;
         }
-        match ready!(self.poll_cause(cx)) {
-            Some(error) => Poll::Ready(Err(error)),
-            None => Poll::Ready(result),
-        }
+        Ok(Dialed::Session(session))
     }
 }
 
-impl AsyncWrite for PodStream {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let result = ready!(Pin::new(&mut self.stream).poll_write(cx, buf));
-        Poll::Ready(result.map_err(|error| match self.poll_cause(cx) {
-            Poll::Ready(Some(cause)) => cause,
-            // A reader may be waiting for the same answer, and has the better claim on it.
-            Poll::Ready(None) | Poll::Pending => error,
-        }))
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // From here on kube takes nothing more from the pod, so that whatever becomes of its task breaks nothing off.
-        self.broken = None;
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_runtimes_texts_are_told_apart() {
-        let containerd = "error forwarding port 8080 to pod 1f, uid : failed to execute portforward in network namespace \
-             \"/var/run/netns/cni-1\": failed to connect to localhost:8080 inside namespace \"1f\", IPv4: dial tcp4 \
-             127.0.0.1:8080: connect: connection refused";
-        assert_eq!(failure_kind(containerd), io::ErrorKind::ConnectionRefused);
-        let reset = "error forwarding port 9003 to pod 1f, uid : read tcp4 127.0.0.1:1->127.0.0.1:9003: read: connection reset by peer";
-        assert_eq!(failure_kind(reset), io::ErrorKind::ConnectionReset);
-        let named = "error forwarding port 80 to pod refused-0, uid : exit status 1";
-        assert_eq!(failure_kind(named), io::ErrorKind::ConnectionAborted);
-        assert_eq!(
-            failure_kind("error forwarding port: context deadline exceeded"),
-            io::ErrorKind::ConnectionAborted
-        );
-    }
+/// Waits for a session's first answer.
+async fn prove(session: &Session) -> Result<(), Refusal> {
+    let mut phase = session.phase();
+    let answered = phase.wait_for(|phase| *phase != Phase::Unproven);
+    let why = match tokio::time::timeout(PROOF, answered).await {
+        Ok(Ok(phase)) => match &*phase {
+            Phase::Ended(reason) => reason.to_string(),
+            Phase::Unproven | Phase::Proven => return Ok(()),
+        },
+        Ok(Err(_)) => "it ended".into(),
+        Err(_) => format!("nothing came within {PROOF:?}"),
+    };
+    session.retire();
+    warn!(
+        why,
+        "a port-forward was opened but carries nothing; is a proxy on the way?"
+    );
+    Err(Refusal {
+        error: ConnectError::Unavailable(format!("the port-forward carries nothing: {why}")),
+        form: true,
+    })
 }

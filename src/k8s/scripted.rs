@@ -73,6 +73,7 @@ pub(super) fn config() -> Config {
         timeout: Duration::from_secs(5),
         poll_interval: Duration::from_secs(5),
         idle_timeout: Duration::from_secs(60),
+        carriers: crate::k8s::Carriers::Auto,
     }
 }
 

@@ -380,6 +380,9 @@ fn classify(target: Target, wire: Wire, error: &hyper::Error, cause: &Cause, reu
         Some(io) if io.kind() == std::io::ErrorKind::ConnectionRefused && !reused => {
             Error::Refused(target, io.to_string())
         }
+        Some(io) if io.kind() == std::io::ErrorKind::NotConnected => {
+            Error::NotProcessed(target, io.to_string())
+        }
         Some(io) => Error::Reset(target, io.to_string()),
         None => Error::Reset(target, error.to_string()),
     }

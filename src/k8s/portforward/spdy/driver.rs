@@ -1,0 +1,186 @@
+//! The task of a session: moves bytes between its connection and its state.
+
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Instant, Sleep};
+
+use crate::k8s::portforward::spdy::state::{State, Turn};
+use crate::k8s::portforward::spdy::{Phase, Shared, frame};
+
+/// How much is read at once: several TLS records.
+const READ: usize = 64 << 10;
+
+/// How often one poll goes round before others get their turn.
+const ROUNDS: usize = 16;
+
+/// Drives one session until its connection or its use ends.
+pub(super) struct Driver<S> {
+    io: S,
+    shared: Arc<Shared>,
+    /// The batch being written, and how much of it has been.
+    batch: Vec<u8>,
+    written: usize,
+    /// Whether what was written may still lie in a buffer of the connection.
+    unflushed: bool,
+    buffer: Box<[u8]>,
+    sleep: Pin<Box<Sleep>>,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
+    pub(super) fn new(io: S, shared: Arc<Shared>) -> Self {
+        Self {
+            io,
+            shared,
+            batch: Vec::new(),
+            written: 0,
+            unflushed: false,
+            buffer: vec![0; READ].into(),
+            sleep: Box::pin(tokio::time::sleep_until(Instant::now())),
+        }
+    }
+
+    /// Writes until there is nothing left or the connection takes no more. Returns whether anything was written.
+    fn write(&mut self, now: Instant, cx: &mut Context<'_>) -> io::Result<bool> {
+        let mut progress = false;
+        loop {
+            if self.written == self.batch.len() {
+                self.written = 0;
+                self.batch.clear();
+                let batch = &mut self.batch;
+                if !self.shared.with(|state| state.take_batch(batch, now)) {
+                    break;
+                }
+            }
+            let rest = self.batch.get(self.written..).unwrap_or_default();
+            let Poll::Ready(written) = Pin::new(&mut self.io).poll_write(cx, rest)? else {
+                return Ok(progress);
+            };
+            if written == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            self.written += written;
+            (progress, self.unflushed) = (true, true);
+        }
+        if self.unflushed && Pin::new(&mut self.io).poll_flush(cx)?.is_ready() {
+            self.unflushed = false;
+        }
+        Ok(progress)
+    }
+
+    /// Reads once. Returns whether anything came.
+    fn read(&mut self, now: Instant, cx: &mut Context<'_>) -> io::Result<bool> {
+        if !self.shared.lock().is_reading() {
+            return Ok(false);
+        }
+        let mut buffer = ReadBuf::new(&mut self.buffer);
+        if Pin::new(&mut self.io).poll_read(cx, &mut buffer)?.is_pending() {
+            return Ok(false);
+        }
+        let bytes = buffer.filled();
+        if bytes.is_empty() {
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "the server closed it",
+            ));
+        }
+        let (received, proven) = self
+            .shared
+            .with(|state| (state.receive(bytes, now), state.is_proven()));
+        if proven {
+            let prove = |phase: &mut Phase| {
+                let first = *phase == Phase::Unproven;
+                if first {
+                    *phase = Phase::Proven;
+                }
+                first
+            };
+            self.shared.phase.send_if_modified(prove);
+        }
+        received.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+        Ok(true)
+    }
+
+    /// Moves bytes both ways as long as there are any, within bounds.
+    fn exchange(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        for _ in 0..ROUNDS {
+            let now = Instant::now();
+            let wrote = self.write(now, cx)?;
+            if !self.read(now, cx)? && !wrote {
+                return Ok(());
+            }
+        }
+        cx.waker().wake_by_ref();
+        Ok(())
+    }
+
+    /// Says goodbye as far as the connection takes it at once. Nothing of a connection is left that would need more.
+    fn close(&mut self, cx: &mut Context<'_>) {
+        let mut goodbye = Vec::new();
+        frame::go_away(&mut goodbye);
+        if self.written == self.batch.len() {
+            let _ = Pin::new(&mut self.io).poll_write(cx, &goodbye);
+        }
+        let _ = Pin::new(&mut self.io).poll_shutdown(cx);
+    }
+}
+
+impl<S> Driver<S> {
+    /// Ends the session; the first reason counts.
+    fn end(&self, reason: &str) -> Poll<()> {
+        self.shared.with(|state| state.end(reason));
+        if let Some(reason) = self.shared.lock().ended().cloned() {
+            self.shared.phase.send_replace(Phase::Ended(reason));
+        }
+        Poll::Ready(())
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Future for Driver<S> {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let this = &mut *self;
+        this.shared.with(State::begin_turn);
+        loop {
+            if let Err(error) = this.exchange(cx) {
+                return this.end(&error.to_string());
+            }
+            let now = Instant::now();
+            let idle = this.written == this.batch.len();
+            let (turn, deadline) = this
+                .shared
+                .with(|state| (state.end_turn(idle, now, cx), state.deadline(now)));
+            match turn {
+                Turn::More => continue,
+                Turn::Done => {
+                    this.close(cx);
+                    return this.end("it was closed");
+                }
+                Turn::Ended => return this.end("it was closed"),
+                Turn::Wait => {}
+            }
+            if this.sleep.deadline() != deadline {
+                this.sleep.as_mut().reset(deadline);
+            }
+            if this.sleep.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+            this.shared.with(|state| {
+                state.begin_turn();
+                state.tick(now);
+            });
+        }
+    }
+}
+
+impl<S> Drop for Driver<S> {
+    /// However the task ends, nobody may wait for it.
+    fn drop(&mut self) {
+        let _ = self.end("kube-tunnel is shutting down");
+    }
+}

@@ -1,0 +1,455 @@
+//! A session without its connection: which bytes to write next, and what the bytes that were read mean. Time comes in from
+//! outside, wakers go out, so that nothing here waits.
+
+mod clock;
+mod input;
+mod output;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::mem;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use slab::Slab;
+use smallvec::SmallVec;
+use tokio::time::Instant;
+
+use crate::k8s::portforward::ports::Ports;
+use crate::k8s::portforward::spdy::chunks::{Chunk, Spare};
+use crate::k8s::portforward::spdy::entry::{Entry, Half, Ours, Outcome};
+use crate::k8s::portforward::spdy::frame::{Decoder, Encoder};
+use crate::k8s::portforward::spdy::workers::{WORKERS, Workers};
+
+/// What may wait for a slow reader that is alone on its session, before the session is read no further: TCP then slows the
+/// pod down. With neighbours, more may wait for the moment in which they finish, since all stop together.
+const ALONE: usize = 1 << 20;
+const SHARED: usize = 4 << 20;
+
+/// A connection that moves this much within [`BULK_SPAN`] is bulk, and keeps newcomers off its session for as long.
+const BULK: u64 = 1 << 20;
+const BULK_SPAN: Duration = Duration::from_secs(2);
+
+/// Streams are spread over fresh sessions now and then: the peer keeps a little of each, and so may a load balancer.
+const MAX_OPENED: u64 = 10_000;
+const MAX_AGE: Duration = Duration::from_hours(1);
+
+/// What a session does at the moment, for placement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::k8s::portforward) struct Load {
+    /// Connections in use.
+    pub(in crate::k8s::portforward) live: usize,
+    /// Whether it takes new connections at the moment.
+    pub(in crate::k8s::portforward) open: bool,
+    /// Whether it will never take any again.
+    pub(in crate::k8s::portforward) worn: bool,
+    /// Since when it has had connections without a break.
+    pub(in crate::k8s::portforward) busy_since: Option<Instant>,
+    /// When payload last moved, or the session began.
+    pub(in crate::k8s::portforward) active_at: Instant,
+}
+
+/// What a turn of the session's task has come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// There is more to write.
+    More,
+    /// Nothing to do now.
+    Wait,
+    /// Nobody needs the session any more.
+    Done,
+    /// The session has ended.
+    Ended,
+}
+
+/// Tasks to be woken; mostly one or two.
+pub(super) type Wakers = SmallVec<[Waker; 4]>;
+
+/// Why a session has ended.
+pub(super) type Reason = Arc<str>;
+
+/// The state of one session.
+#[derive(Debug)]
+pub(super) struct State {
+    /// The connection's task.
+    driver: Option<Waker>,
+    /// Wakers to call once the lock is released.
+    woken: Wakers,
+    /// What the pod's ports were seen to do.
+    ports: Arc<Ports>,
+    decoder: Decoder,
+    encoder: Encoder,
+    workers: Workers,
+    connections: Slab<Entry>,
+    /// Which connection a data stream belongs to.
+    by_id: HashMap<u32, usize>,
+    /// Connections that wait for a place, in order.
+    opening: VecDeque<usize>,
+    /// Connections that want to end or reset their stream.
+    ending: VecDeque<usize>,
+    /// Connections that wait for room to write.
+    blocked: VecDeque<usize>,
+    /// Connections that wait for a time.
+    timed: Vec<usize>,
+    /// Connections in use, by worker; those without a place in the last field.
+    live: [usize; WORKERS],
+    unplaced: usize,
+    /// Ids up to here are used.
+    last_id: u32,
+    /// How many connections were opened.
+    opened: u64,
+    /// Streams that were opened only to hear of a worker: by worker, the id, its place, and when.
+    barriers: [Option<(u32, u64, Instant)>; WORKERS],
+    /// Frames for the next batch.
+    out: Vec<u8>,
+    /// The batch being filled.
+    batch: u64,
+    /// Pieces for what comes.
+    spare: Spare,
+    /// Reading waits for this connection's reader, since then.
+    paused: Option<(usize, Instant)>,
+    began: Instant,
+    /// When to look at what waits for a time.
+    tick_at: Option<Instant>,
+    /// When reading went on after a pause.
+    resumed_at: Instant,
+    /// When anything last came.
+    heard_at: Instant,
+    /// When something was last sent that asks for an answer, if nothing has come since.
+    asked_at: Option<Instant>,
+    /// When a sign of life was asked for, if nothing has come since.
+    probed_at: Option<Instant>,
+    /// When payload last moved.
+    active_at: Instant,
+    /// Since when there have been connections.
+    busy_since: Option<Instant>,
+    /// Until when a bulk transfer keeps newcomers off.
+    bulk_until: Option<Instant>,
+    /// Whether the peer has answered anything.
+    proven: bool,
+    /// No newcomers; ends with the last connection.
+    retired: bool,
+    ended: Option<Reason>,
+}
+
+impl State {
+    pub(super) fn new(ports: Arc<Ports>, now: Instant) -> Self {
+        Self {
+            driver: None,
+            woken: Wakers::new(),
+            ports,
+            decoder: Decoder::default(),
+            encoder: Encoder::default(),
+            workers: Workers::default(),
+            connections: Slab::new(),
+            by_id: HashMap::new(),
+            opening: VecDeque::new(),
+            ending: VecDeque::new(),
+            blocked: VecDeque::new(),
+            timed: Vec::new(),
+            live: [0; WORKERS],
+            unplaced: 0,
+            last_id: output::PROBE,
+            opened: 0,
+            barriers: [None; WORKERS],
+            out: Vec::new(),
+            batch: 1,
+            spare: Spare::default(),
+            paused: None,
+            began: now,
+            tick_at: None,
+            resumed_at: now,
+            heard_at: now,
+            asked_at: None,
+            probed_at: None,
+            active_at: now,
+            busy_since: None,
+            bulk_until: None,
+            proven: false,
+            retired: false,
+            ended: None,
+        }
+    }
+
+    /// Takes the wakers to be called when the lock is released.
+    pub(super) fn woken(&mut self) -> Wakers {
+        mem::take(&mut self.woken)
+    }
+
+    fn wake_driver(&mut self) {
+        // Taken, so that many writers wake it once; it leaves a new one when it next finds nothing to do.
+        self.woken.extend(self.driver.take());
+    }
+
+    /// Begins a turn of the session's task: it need not be woken while it runs.
+    pub(super) fn begin_turn(&mut self) {
+        self.driver = None;
+    }
+
+    /// Ends a turn. `idle`: everything that was taken has been written.
+    pub(super) fn end_turn(&mut self, idle: bool, now: Instant, cx: &Context<'_>) -> Turn {
+        if self.ended.is_some() {
+            return Turn::Ended;
+        }
+        if idle && self.has_output(now) {
+            return Turn::More;
+        }
+        if self.is_done() {
+            return Turn::Done;
+        }
+        self.driver = Some(cx.waker().clone());
+        Turn::Wait
+    }
+
+    /// Tells what the session does.
+    pub(super) fn load(&self, now: Instant) -> Load {
+        let healthy = |class: usize| !self.workers.is_suspect(class) && !self.workers.is_stuck(class, now);
+        let old = self.opened >= MAX_OPENED || now.duration_since(self.began) >= MAX_AGE;
+        let worn = self.ended.is_some() || self.retired || old;
+        let open = !worn
+            && self.paused.is_none()
+            && self.bulk_until.is_none_or(|until| until <= now)
+            && (0..WORKERS).all(healthy);
+        Load {
+            live: self.live(),
+            open,
+            worn,
+            busy_since: self.busy_since,
+            active_at: self.active_at,
+        }
+    }
+
+    /// Counts the connections in use.
+    fn live(&self) -> usize {
+        self.unplaced + self.live.iter().sum::<usize>()
+    }
+
+    /// Tells whether the peer has proven to understand SPDY.
+    pub(super) fn is_proven(&self) -> bool {
+        self.proven
+    }
+
+    /// Returns why the session has ended, if it has.
+    pub(super) fn ended(&self) -> Option<&Reason> {
+        self.ended.as_ref()
+    }
+
+    /// Takes no newcomers any more, and ends with the last connection.
+    pub(super) fn retire(&mut self) {
+        self.retired = true;
+        self.wake_driver();
+    }
+
+    /// Tells whether the session is retired and has nothing left to do.
+    pub(super) fn is_done(&self) -> bool {
+        self.retired && self.live() == 0
+    }
+
+    /// Ends the session and every connection.
+    pub(super) fn end(&mut self, reason: &str) {
+        if self.ended.is_some() {
+            return;
+        }
+        let reason: Reason = reason.into();
+        let broke: Arc<str> = format!("the port-forward broke: {reason}").into();
+        let keys: Vec<usize> = self.connections.iter().map(|(key, _)| key).collect();
+        for key in keys {
+            let Some(entry) = self.connections.get_mut(key) else {
+                continue;
+            };
+            // Payload that has not left cannot have had an effect.
+            let unsent = entry.first_batch.is_none_or(|first| first == self.batch);
+            let kind = if unsent && !entry.heard {
+                io::ErrorKind::NotConnected
+            } else {
+                io::ErrorKind::ConnectionAborted
+            };
+            entry.failure.get_or_insert((kind, broke.clone()));
+            self.woken.extend(entry.reader.take());
+            self.woken.extend(entry.writer.take());
+            if entry.detached.is_some() {
+                self.connections.remove(key);
+            }
+        }
+        self.ended = Some(reason);
+        self.wake_driver();
+    }
+
+    /// Adds a connection to a port; nothing is sent yet.
+    pub(super) fn connect(&mut self, port: u16, now: Instant) -> usize {
+        self.opened += 1;
+        self.busy_since.get_or_insert(now);
+        self.active_at = now;
+        self.unplaced += 1;
+        self.connections.insert(Entry {
+            port,
+            ..Entry::default()
+        })
+    }
+
+    /// Asks for a connection to be opened, if it is not.
+    pub(super) fn begin(&mut self, key: usize) {
+        let Some(entry) = self.connections.get(key) else {
+            return;
+        };
+        if entry.place.is_none() && !self.opening.contains(&key) {
+            self.opening.push_back(key);
+            self.wake_driver();
+        }
+    }
+
+    /// Gives back a piece that was read, and takes the next one.
+    pub(super) fn poll_chunk(
+        &mut self,
+        key: usize,
+        read: Option<Chunk>,
+        now: Instant,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<Option<Chunk>>> {
+        if let Some(chunk) = read {
+            self.spare.put(chunk);
+        }
+        let entry = self.connections.get_mut(key).expect("its stream holds it");
+        let chunk = entry.received.pop();
+        if let Some((slow, since)) = &mut self.paused
+            && *slow == key
+        {
+            *since = now;
+            if entry.received.len() < ALONE / 2 {
+                self.paused = None;
+                self.resumed(now);
+                self.wake_driver();
+            }
+        }
+        if let Some(chunk) = chunk {
+            return Poll::Ready(Ok(Some(chunk)));
+        }
+        let entry = self.connections.get_mut(key).expect("its stream holds it");
+        match entry.outcome() {
+            Outcome::Open => {
+                keep(&mut entry.reader, cx);
+                self.begin(key);
+                Poll::Pending
+            }
+            Outcome::End => Poll::Ready(Ok(None)),
+            failed @ Outcome::Failed(..) => Poll::Ready(Err(failed.error())),
+        }
+    }
+
+    /// Notes that reading goes on: the silence was our own wish.
+    fn resumed(&mut self, now: Instant) {
+        self.resumed_at = now;
+        self.heard_at = now;
+    }
+
+    /// Ends our half of a connection.
+    pub(super) fn shutdown(&mut self, key: usize, now: Instant) {
+        let Some(entry) = self.connections.get_mut(key) else {
+            return;
+        };
+        if entry.ours != Ours::Open || entry.place.is_none() {
+            return;
+        }
+        if entry.awaiting {
+            entry.ours = Ours::Held(now);
+            self.time(key);
+        } else {
+            self.want(key, Ours::FinWanted);
+        }
+    }
+
+    /// Lets go of a connection that nobody uses any more. Unless both sides had ended it, the pod learns of it about a second
+    /// later, as the runtime has it.
+    pub(super) fn detach(&mut self, key: usize, now: Instant) {
+        let Some(entry) = self.connections.get_mut(key) else {
+            return;
+        };
+        entry.detached = Some(now);
+        entry.received.clear(&mut self.spare);
+        let (awaiting, ours, place) = (entry.awaiting, entry.ours, entry.place);
+        let streaming = entry.data == Half::Open && is_bulk(entry, now);
+        match place {
+            Some(place) => self.live[place.class] -= 1,
+            None => self.unplaced -= 1,
+        }
+        if self.paused.is_some_and(|(slow, _)| slow == key) {
+            self.paused = None;
+            self.resumed(now);
+            self.wake_driver();
+        }
+        let alone = self.live() == 0;
+        if alone {
+            self.busy_since = None;
+        }
+        let stuck = place.is_some_and(|place| self.workers.is_stuck(place.class, now));
+        if alone && (streaming || stuck) {
+            // A reset would not get past a stuck worker, nor stop a pod that sends before a second has passed.
+            self.end("its last connection was abandoned");
+            return;
+        }
+        if matches!(ours, Ours::Open | Ours::Held(_)) {
+            let how = if awaiting {
+                Ours::ResetWanted
+            } else {
+                Ours::FinWanted
+            };
+            self.want(key, how);
+        }
+        self.time(key);
+        self.forget(key);
+        if self.is_done() {
+            self.wake_driver();
+        }
+    }
+
+    fn want(&mut self, key: usize, ours: Ours) {
+        if let Some(entry) = self.connections.get_mut(key)
+            && entry.place.is_some()
+        {
+            entry.ours = ours;
+            self.ending.push_back(key);
+            self.wake_driver();
+        }
+    }
+
+    /// Removes a connection if nothing is left of it.
+    fn forget(&mut self, key: usize) {
+        let Some(entry) = self.connections.get(key) else {
+            return;
+        };
+        if entry.is_over() || entry.detached.is_some() && self.ended.is_some() {
+            let entry = self.connections.remove(key);
+            if let Some(place) = entry.place {
+                self.by_id.remove(&place.id);
+            }
+        }
+    }
+
+    /// Puts a connection on the list of those that wait for a time.
+    fn time(&mut self, key: usize) {
+        if let Some(entry) = self.connections.get_mut(key)
+            && !entry.timed
+        {
+            entry.timed = true;
+            self.timed.push(key);
+            self.wake_driver();
+        }
+    }
+}
+
+/// Tells whether a connection moves much at the moment.
+fn is_bulk(entry: &Entry, now: Instant) -> bool {
+    let (bytes, since) = entry.moved;
+    bytes >= BULK && since.is_some_and(|since| now.duration_since(since) < BULK_SPAN)
+}
+
+/// Keeps the waker of a task that has to wait.
+fn keep(place: &mut Option<Waker>, cx: &Context<'_>) {
+    match place {
+        Some(waker) => waker.clone_from(cx.waker()),
+        None => *place = Some(cx.waker().clone()),
+    }
+}

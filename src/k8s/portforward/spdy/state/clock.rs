@@ -1,0 +1,177 @@
+//! What time brings about in a session: signs of life, patience that ends, connections that wait for a moment.
+
+use std::io;
+use std::mem;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::k8s::portforward::spdy::entry::Ours;
+use crate::k8s::portforward::spdy::state::State;
+
+/// How long neighbours are held up for a reader that takes nothing at all.
+const HELD_UP: Duration = Duration::from_secs(5);
+
+/// How long a runtime may take to take a new stream, before the session counts as broken for newcomers.
+const REPLY: Duration = Duration::from_secs(3);
+
+/// How long an end that would cut off an answer is held back while the pod is silent.
+const LINGER: Duration = Duration::from_secs(30);
+
+/// How long payload is held back from a port that may refuse: where it does, payload that arrives later than the refusal
+/// stops a worker of the peer for good. A refusal takes a few milliseconds.
+const GUARD: Duration = Duration::from_millis(20);
+
+/// How often connections that wait for a time are looked at.
+const TICK: Duration = Duration::from_millis(20);
+
+/// A connection is asked for a sign of life after this silence, sooner while something is under way.
+const QUIET: Duration = Duration::from_secs(5);
+const ACTIVE: Duration = Duration::from_secs(2);
+
+/// How long the answer may take: together at most 15 s, and 6 s while something is under way.
+const ANSWER: Duration = Duration::from_secs(10);
+const ACTIVE_ANSWER: Duration = Duration::from_secs(4);
+
+impl State {
+    /// Returns when [`State::tick`] is to be called next.
+    pub(in crate::k8s::portforward::spdy) fn deadline(&mut self, now: Instant) -> Instant {
+        let soon = !self.timed.is_empty() || self.workers.is_waiting() || self.paused.is_some();
+        if soon {
+            // Not later because something else has happened meanwhile.
+            return *self.tick_at.get_or_insert(now + TICK);
+        }
+        match (self.probed_at, self.asked_at) {
+            (Some(probed), asked) => probed + if asked.is_some() { ACTIVE_ANSWER } else { ANSWER },
+            (None, Some(asked)) => asked + ACTIVE,
+            (None, None) => self.heard_at + QUIET,
+        }
+    }
+
+    /// Does what time alone brings about.
+    pub(in crate::k8s::portforward::spdy) fn tick(&mut self, now: Instant) {
+        self.tick_at = None;
+        for key in mem::take(&mut self.timed) {
+            self.tick_connection(key, now);
+        }
+        if let Some((slow, since)) = self.paused
+            && now.duration_since(since) >= HELD_UP
+            && self.live() > 1
+        {
+            self.fail(
+                slow,
+                io::ErrorKind::ConnectionAborted,
+                "it was not read for long, and held up others",
+            );
+            self.want(slow, Ours::ResetWanted);
+            self.paused = None;
+            self.resumed(now);
+        }
+        // Workers that have become stuck or free change what may be written.
+        self.release();
+        self.check_alive(now);
+    }
+
+    /// Looks at one connection that waits for a time, and keeps it on the list if it still does.
+    fn tick_connection(&mut self, key: usize, now: Instant) {
+        let paused = self.paused.is_some();
+        let Some(entry) = self.connections.get_mut(key) else {
+            return;
+        };
+        entry.timed = false;
+        // What was not read cannot be missed.
+        let mut waits = entry.ended_at.is_some() && (paused || entry.settle(self.resumed_at, now));
+        if entry.is_settled() {
+            self.woken.extend(entry.reader.take());
+            self.woken.extend(entry.writer.take());
+        }
+        if entry.hold && entry.replied_at.is_some() {
+            entry.hold = entry.replied_at.is_some_and(|at| now.duration_since(at) < GUARD);
+            waits |= entry.hold;
+            if !entry.hold {
+                self.woken.extend(entry.writer.take());
+            }
+        }
+        if let Some(place) = entry.place
+            && entry.replied_at.is_none()
+            && !entry.heard
+            && entry.ended_at.is_none()
+            && entry.failure.is_none()
+        {
+            waits = true;
+            let since = place.at.max(self.resumed_at);
+            if !paused && now.duration_since(since) >= REPLY + 4 * self.workers.round_trip() {
+                self.fail(
+                    key,
+                    io::ErrorKind::TimedOut,
+                    "the container runtime did not take the connection",
+                );
+                self.want(key, Ours::ResetWanted);
+                self.retired = true;
+            }
+        }
+        let Some(entry) = self.connections.get(key) else {
+            return;
+        };
+        if let Ours::Held(since) = entry.ours {
+            waits = true;
+            if now.duration_since(since) >= LINGER {
+                self.want(key, Ours::FinWanted);
+            }
+        }
+        if let Some(entry) = self.connections.get(key)
+            && let Some(since) = entry.detached
+        {
+            // A runtime that does not act upon the end by itself is told again, and then left alone.
+            let gone = now.duration_since(since);
+            waits = true;
+            match entry.ours {
+                Ours::FinSent if gone >= QUIET => self.want(key, Ours::ResetWanted),
+                Ours::ResetSent if gone >= 2 * QUIET => {
+                    if let Some(place) = entry.place {
+                        self.by_id.remove(&place.id);
+                    }
+                    self.connections.remove(key);
+                    return;
+                }
+                _ => {}
+            }
+        }
+        if waits {
+            self.time(key);
+        }
+        self.forget(key);
+    }
+
+    fn fail(&mut self, key: usize, kind: io::ErrorKind, text: &str) {
+        if let Some(entry) = self.connections.get_mut(key) {
+            entry.failure.get_or_insert((kind, text.into()));
+            entry.received.clear(&mut self.spare);
+            self.woken.extend(entry.reader.take());
+            self.woken.extend(entry.writer.take());
+        }
+    }
+
+    /// Asks for a sign of life after a silence, and ends the session when none comes. Any byte is one.
+    fn check_alive(&mut self, now: Instant) {
+        if self.paused.is_some() || self.ended.is_some() {
+            return;
+        }
+        let answer = if self.asked_at.is_some() {
+            ACTIVE_ANSWER
+        } else {
+            ANSWER
+        };
+        match self.probed_at {
+            Some(at) if now.duration_since(at) >= answer => self.end("the server does not answer any more"),
+            Some(_) => {}
+            None => {
+                let silent = now.duration_since(self.heard_at);
+                let active = self.asked_at.is_some_and(|at| now.duration_since(at) >= ACTIVE);
+                if silent >= QUIET || active {
+                    self.probe(now);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! What the bytes from the peer mean.
+
+use tokio::time::Instant;
+
+use crate::k8s::portforward::cause;
+use crate::k8s::portforward::ports::Behaviour;
+use crate::k8s::portforward::spdy::entry::{Half, Ours, Outcome};
+use crate::k8s::portforward::spdy::frame::{Event, FrameError};
+use crate::k8s::portforward::spdy::state::output::PAIR;
+use crate::k8s::portforward::spdy::state::{ALONE, BULK, BULK_SPAN, SHARED, State};
+
+impl State {
+    /// Takes bytes from the peer.
+    ///
+    /// # Errors
+    /// When they make no sense; the session is of no use then.
+    pub(in crate::k8s::portforward::spdy) fn receive(
+        &mut self,
+        mut bytes: &[u8],
+        now: Instant,
+    ) -> Result<(), FrameError> {
+        self.heard_at = now;
+        self.asked_at = None;
+        self.probed_at = None;
+        while let Some(event) = self.decoder.next(&mut bytes)? {
+            self.proven = true;
+            self.handle(&event, now);
+        }
+        self.release();
+        Ok(())
+    }
+
+    /// Tells whether the session is to be read.
+    pub(in crate::k8s::portforward::spdy) fn is_reading(&self) -> bool {
+        self.paused.is_none()
+    }
+
+    fn handle(&mut self, event: &Event<'_>, now: Instant) {
+        match *event {
+            Event::Reply { stream } => self.replied(stream, now),
+            Event::Data { stream, payload, fin } => match self.find(stream) {
+                Some((key, false)) => self.data(key, payload, fin, now),
+                Some((key, true)) => {
+                    if let Some(entry) = self.connections.get_mut(key) {
+                        entry.explain(payload);
+                    }
+                    if fin {
+                        self.stream_ended(key, true, Half::Fin, now);
+                    }
+                }
+                // Of a connection that was given up.
+                None => {}
+            },
+            Event::Reset { stream, .. } => match self.find(stream) {
+                Some((key, error_stream)) => self.stream_ended(key, error_stream, Half::Reset, now),
+                None => self.barrier_answered(stream),
+            },
+            Event::Ping { id } => self.workers.pong(id, now),
+            // Opens after this are silently ignored by the peer.
+            Event::GoAway => self.retired = true,
+        }
+    }
+
+    /// Finds the connection of a stream, and whether that is its error stream.
+    fn find(&self, stream: u32) -> Option<(usize, bool)> {
+        if let Some(&key) = self.by_id.get(&stream) {
+            return Some((key, false));
+        }
+        let key = self.by_id.get(&stream.wrapping_add(PAIR))?;
+        Some((*key, true))
+    }
+
+    fn replied(&mut self, stream: u32, now: Instant) {
+        let Some(&key) = self.by_id.get(&stream) else {
+            return;
+        };
+        let Some(entry) = self.connections.get_mut(key) else {
+            return;
+        };
+        entry.replied_at = Some(now);
+        let held = entry.hold;
+        if let Some(place) = entry.place {
+            self.workers.handed(place.class, place.position);
+        }
+        if held {
+            self.time(key);
+        }
+    }
+
+    fn barrier_answered(&mut self, stream: u32) {
+        for class in 0..self.barriers.len() {
+            if let Some((id, position, _)) = self.barriers[class]
+                && id == stream
+            {
+                self.workers.handed(class, position);
+            }
+        }
+    }
+
+    fn data(&mut self, key: usize, payload: &[u8], fin: bool, now: Instant) {
+        let neighbours = self.live() > 1;
+        let Some(entry) = self.connections.get_mut(key) else {
+            return;
+        };
+        if !payload.is_empty() {
+            if !entry.heard {
+                entry.heard = true;
+                entry.hold = false;
+                self.ports.note(entry.port, Behaviour::Accepts, now);
+            }
+            entry.awaiting = false;
+            if let Ours::Held(since) = &mut entry.ours {
+                *since = now;
+            }
+            if entry.detached.is_none() && entry.failure.is_none() {
+                entry.received.push(payload, &mut self.spare);
+                self.woken.extend(entry.reader.take());
+                let most = if neighbours { SHARED } else { ALONE };
+                if entry.received.len() >= most && self.paused.is_none() {
+                    self.paused = Some((key, now));
+                }
+            }
+            self.moved(key, payload.len(), now);
+        }
+        if fin {
+            self.stream_ended(key, false, Half::Fin, now);
+        }
+    }
+
+    /// Notes that payload has moved.
+    pub(super) fn moved(&mut self, key: usize, bytes: usize, now: Instant) {
+        self.active_at = now;
+        let Some(entry) = self.connections.get_mut(key) else {
+            return;
+        };
+        let (moved, since) = &mut entry.moved;
+        if since.is_none_or(|since| now.duration_since(since) >= BULK_SPAN) {
+            (*moved, *since) = (0, Some(now));
+        }
+        *moved += bytes as u64;
+        if *moved >= BULK {
+            self.bulk_until = Some(now + BULK_SPAN);
+        }
+    }
+
+    /// Notes the end of one of a connection's two streams.
+    fn stream_ended(&mut self, key: usize, error_stream: bool, how: Half, now: Instant) {
+        let Some(entry) = self.connections.get_mut(key) else {
+            return;
+        };
+        entry.end(error_stream, how, now);
+        let ours = entry.ours;
+        if let Some(place) = entry.place
+            && entry.last_payload > 0
+            && matches!(ours, Ours::Open | Ours::Held(_))
+            && !self.workers.is_handed(place.class, entry.last_payload)
+        {
+            // Payload may have arrived when nobody was left to take it.
+            self.workers.suspect(place.class);
+        }
+        let settled = entry.is_settled();
+        if settled {
+            if let Outcome::Failed(..) = entry.outcome() {
+                let text = String::from_utf8_lossy(&entry.text);
+                if cause::kind(&text) == std::io::ErrorKind::ConnectionRefused {
+                    self.ports.note(entry.port, Behaviour::Refuses, now);
+                }
+                if cause::is_sandbox_gone(&text) {
+                    self.retired = true;
+                }
+            }
+            self.woken.extend(entry.reader.take());
+            self.woken.extend(entry.writer.take());
+        } else {
+            self.time(key);
+        }
+        // Our half must end too, or the peer keeps the stream for the session's life. No payload may follow.
+        if matches!(ours, Ours::Open | Ours::Held(_)) {
+            self.want(key, Ours::FinWanted);
+        }
+        self.forget(key);
+    }
+}

@@ -1,0 +1,534 @@
+use super::*;
+use std::task::Waker;
+
+use crate::k8s::portforward::ports::Behaviour;
+use crate::k8s::portforward::spdy::frame;
+
+/// A frame that the state has written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Wrote {
+    Open(u32),
+    Data(u32, usize),
+    Fin(u32),
+    Reset(u32),
+    Ping(u32),
+}
+
+/// A session whose peer is the test.
+struct Scene {
+    state: State,
+    ports: Arc<Ports>,
+    now: Instant,
+}
+
+impl Scene {
+    /// A session that has had its first answer.
+    fn new() -> Self {
+        let (ports, now) = (Arc::new(Ports::default()), Instant::now());
+        let mut state = State::new(ports.clone(), now);
+        state.greet(now);
+        let mut scene = Self { state, ports, now };
+        scene.answer_pings();
+        scene
+    }
+
+    /// Everything written since the last call.
+    fn written(&mut self) -> Vec<Wrote> {
+        let (mut batch, mut found) = (Vec::new(), Vec::new());
+        while self.state.take_batch(&mut batch, self.now) {
+            let mut rest = &batch[..];
+            while !rest.is_empty() {
+                let word = |at: usize| u32::from_be_bytes(rest[at..at + 4].try_into().unwrap());
+                let (first, length) = (word(0), (word(4) & 0x00ff_ffff) as usize);
+                found.push(match (first >> 31, first & 0xffff) {
+                    (0, _) if word(4) >> 24 == 1 => Wrote::Fin(first),
+                    (0, _) => Wrote::Data(first, length),
+                    (_, 1) => Wrote::Open(word(8)),
+                    (_, 3) => Wrote::Reset(word(8)),
+                    (_, 6) => Wrote::Ping(word(8)),
+                    other => panic!("unexpected frame {other:?}"),
+                });
+                rest = &rest[8 + length..];
+            }
+            batch.clear();
+        }
+        found
+    }
+
+    fn receive(&mut self, bytes: &[u8]) {
+        self.state.receive(bytes, self.now).unwrap();
+    }
+
+    /// Answers every PING written since the last call, except those of one worker.
+    fn answer_pings_but(&mut self, stuck: Option<u32>) -> Vec<Wrote> {
+        let written = self.written();
+        for frame in &written {
+            if let Wrote::Ping(id) = frame
+                && Some(id / 2 % 5) != stuck
+            {
+                let mut pong = Vec::new();
+                frame::ping(&mut pong, *id);
+                self.receive(&pong);
+            }
+        }
+        written
+    }
+
+    fn answer_pings(&mut self) {
+        self.answer_pings_but(None);
+    }
+
+    fn open(&mut self, port: u16) -> usize {
+        self.state.connect(port, self.now)
+    }
+
+    fn write(&mut self, key: usize, bytes: usize) -> Option<io::Result<usize>> {
+        let payload = vec![7; bytes];
+        let mut cx = Context::from_waker(Waker::noop());
+        match self
+            .state
+            .poll_write(key, &[io::IoSlice::new(&payload)], self.now, &mut cx)
+        {
+            Poll::Ready(result) => Some(result),
+            Poll::Pending => None,
+        }
+    }
+
+    /// Writes until nothing more is taken, handing batches over in between. Returns how many frames of payload left.
+    fn flood(&mut self, key: usize) -> usize {
+        let mut frames = 0;
+        while let Some(sent) = self.write(key, 1 << 20) {
+            sent.unwrap();
+            let written = self.written();
+            frames += written
+                .iter()
+                .filter(|frame| matches!(frame, Wrote::Data(..)))
+                .count();
+        }
+        frames
+    }
+
+    fn read(&mut self, key: usize) -> Option<io::Result<usize>> {
+        let mut cx = Context::from_waker(Waker::noop());
+        match self.state.poll_chunk(key, None, self.now, &mut cx) {
+            Poll::Ready(Ok(chunk)) => Some(Ok(chunk.map_or(0, |chunk| chunk.rest().len()))),
+            Poll::Ready(Err(error)) => Some(Err(error)),
+            Poll::Pending => None,
+        }
+    }
+
+    fn id(&self, key: usize) -> u32 {
+        self.state.connections[key].place.unwrap().id
+    }
+
+    /// The peer takes a connection's streams.
+    fn reply(&mut self, key: usize) {
+        let id = self.id(key);
+        let mut bytes = vec![0x80, 3, 0, 2, 0, 0, 0, 4];
+        bytes.extend_from_slice(&id.to_be_bytes());
+        self.receive(&bytes);
+    }
+
+    /// The pod sends.
+    fn data(&mut self, key: usize, bytes: usize) {
+        let mut out = Vec::new();
+        let payload = vec![9; bytes];
+        frame::data(&mut out, self.id(key), &[io::IoSlice::new(&payload)], bytes);
+        self.receive(&out);
+    }
+
+    /// The pod ends the connection, for a reason if there is a text.
+    fn end(&mut self, key: usize, text: &str) {
+        let (id, mut out) = (self.id(key), Vec::new());
+        frame::fin(&mut out, id);
+        if !text.is_empty() {
+            frame::data(
+                &mut out,
+                id - output::PAIR,
+                &[io::IoSlice::new(text.as_bytes())],
+                text.len(),
+            );
+        }
+        frame::fin(&mut out, id - output::PAIR);
+        self.receive(&out);
+    }
+
+    fn pass(&mut self, time: Duration) {
+        self.now += time;
+        self.state.tick(self.now);
+    }
+
+    fn is_open(&self) -> bool {
+        self.state.load(self.now).open
+    }
+}
+
+const REFUSED: &str = "failed to connect to localhost:80 inside namespace: connection refused";
+
+fn kind(result: Option<io::Result<usize>>) -> io::ErrorKind {
+    result.unwrap().unwrap_err().kind()
+}
+
+#[test]
+fn a_connection_and_its_first_bytes_leave_in_one_batch() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    assert_eq!(
+        scene.written(),
+        [],
+        "nothing is sent for a connection that nobody uses"
+    );
+    assert_eq!(scene.write(key, 10).unwrap().unwrap(), 10);
+    let id = scene.id(key);
+    assert_eq!(
+        scene.written(),
+        [
+            Wrote::Open(id - output::PAIR),
+            Wrote::Open(id),
+            Wrote::Data(id, 10)
+        ]
+    );
+}
+
+#[test]
+fn a_reader_that_waits_for_the_pod_to_speak_opens_the_connection() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    assert!(scene.read(key).is_none());
+    assert_eq!(scene.written().len(), 2);
+}
+
+#[test]
+fn ids_rise_and_spread_over_the_workers() {
+    let mut scene = Scene::new();
+    let keys: Vec<usize> = (0..5).map(|_| scene.open(80)).collect();
+    keys.iter().for_each(|&key| drop(scene.read(key)));
+    let opened = scene.written();
+    let ids: Vec<u32> = opened
+        .iter()
+        .map(|frame| match frame {
+            Wrote::Open(id) => *id,
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert!(ids.is_sorted_by(|a, b| a < b), "{ids:?}");
+    assert!(ids.iter().all(|id| id % 2 == 1));
+    let mut workers: Vec<u32> = keys.iter().map(|&key| scene.id(key) % 5).collect();
+    workers.sort_unstable();
+    assert_eq!(workers, [0, 1, 2, 3, 4]);
+}
+
+#[test]
+fn an_application_that_does_not_read_stops_its_writer_and_nobody_else() {
+    let mut scene = Scene::new();
+    let (stalled, lively) = (scene.open(80), scene.open(80));
+    for key in [stalled, lively] {
+        scene.read(key);
+        scene.written();
+        scene.reply(key);
+        scene.data(key, 1);
+    }
+    scene.flood(stalled);
+    let stuck = scene.id(stalled) % 5;
+    for _ in 0..200 {
+        assert!(scene.write(lively, 100).is_some(), "the neighbour is held up");
+        scene.answer_pings_but(Some(stuck));
+        scene.pass(Duration::from_millis(20));
+        // Once PINGs would fill the stuck worker's queue, streams that are refused take their place.
+        let barrier = scene.state.barriers[(scene.id(lively) % 5) as usize];
+        if let Some((id, ..)) = barrier {
+            let mut reset = Vec::new();
+            frame::reset(&mut reset, id, 5);
+            scene.receive(&reset);
+        }
+    }
+    assert!(scene.write(stalled, 1).is_none());
+    assert!(
+        !scene.is_open(),
+        "newcomers are placed on a session with a stuck worker"
+    );
+}
+
+#[test]
+fn a_writer_goes_on_when_the_pod_has_taken_its_bytes() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    let first = scene.flood(key);
+    assert!((10..=40).contains(&first), "{first} frames without an answer");
+    scene.pass(Duration::from_millis(20));
+    assert!(scene.write(key, 1).is_none());
+    (1..100).step_by(2).for_each(|id| {
+        let mut pong = Vec::new();
+        frame::ping(&mut pong, id);
+        scene.receive(&pong);
+    });
+    assert!(scene.write(key, 1).is_some());
+}
+
+#[test]
+fn a_refused_connection_says_that_nothing_has_reached_the_pod() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.write(key, 10);
+    scene.written();
+    scene.reply(key);
+    scene.end(key, REFUSED);
+    assert_eq!(kind(scene.read(key)), io::ErrorKind::ConnectionRefused);
+    assert!(kind(scene.write(key, 1)) == io::ErrorKind::ConnectionRefused);
+}
+
+#[test]
+fn after_a_refusal_the_worker_is_doubted_until_it_proves_to_work() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.write(key, 10);
+    scene.written();
+    scene.end(key, REFUSED);
+    assert!(!scene.is_open());
+    scene.answer_pings();
+    assert!(scene.is_open(), "every worker has answered");
+}
+
+#[test]
+fn bytes_for_a_port_that_refuses_wait_until_it_would_have_refused() {
+    let mut scene = Scene::new();
+    scene.ports.note(80, Behaviour::Refuses, scene.now);
+    let key = scene.open(80);
+    assert!(scene.write(key, 10).is_none());
+    assert_eq!(scene.written().len(), 2, "the connection is opened all the same");
+    scene.reply(key);
+    assert!(scene.write(key, 10).is_none());
+    scene.pass(Duration::from_millis(25));
+    assert!(scene.write(key, 10).is_some());
+}
+
+#[test]
+fn bytes_for_an_unknown_port_do_not_endanger_a_neighbours_worker() {
+    let mut scene = Scene::new();
+    let keys: Vec<usize> = (0..6).map(|_| scene.open(80)).collect();
+    let sent: Vec<bool> = keys.iter().map(|&key| scene.write(key, 10).is_some()).collect();
+    assert_eq!(sent, [true, true, true, true, true, false]);
+    scene.written();
+    scene.data(keys[0], 1); // the port answers
+    let known = scene.open(80);
+    assert!(scene.write(known, 10).is_some());
+}
+
+#[test]
+fn no_bytes_follow_the_pods_end() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.write(key, 10);
+    scene.written();
+    scene.end(key, "");
+    assert_eq!(scene.read(key).unwrap().unwrap(), 0, "an orderly end");
+    assert_eq!(kind(scene.write(key, 1)), io::ErrorKind::BrokenPipe);
+    let id = scene.id(key);
+    assert!(scene.written().contains(&Wrote::Fin(id)), "our half is ended too");
+}
+
+#[test]
+fn an_end_is_held_back_while_an_answer_is_awaited() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.write(key, 10);
+    scene.written();
+    scene.reply(key);
+    scene.state.shutdown(key, scene.now);
+    assert_eq!(scene.written(), []);
+    scene.data(key, 5);
+    assert_eq!(scene.written(), [], "there may be more of the answer");
+    scene.end(key, "");
+    assert_eq!(scene.read(key).unwrap().unwrap(), 5);
+    let id = scene.id(key);
+    assert!(scene.written().contains(&Wrote::Fin(id)));
+}
+
+#[test]
+fn an_end_goes_out_at_once_when_the_pod_spoke_last() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.write(key, 10);
+    scene.data(key, 5);
+    scene.written();
+    scene.state.shutdown(key, scene.now);
+    assert_eq!(scene.written(), [Wrote::Fin(scene.id(key))]);
+}
+
+#[test]
+fn what_is_abandoned_before_its_answer_is_reset_and_forgotten() {
+    let mut scene = Scene::new();
+    let (key, other) = (scene.open(80), scene.open(80));
+    scene.read(other);
+    scene.write(key, 10);
+    let id = {
+        scene.written();
+        scene.id(key)
+    };
+    scene.state.detach(key, scene.now);
+    assert_eq!(scene.written(), [Wrote::Reset(id)]);
+    let mut late = Vec::new();
+    frame::data(&mut late, id, &[io::IoSlice::new(b"late")], 4);
+    frame::fin(&mut late, id - output::PAIR);
+    scene.receive(&late);
+    assert_eq!(scene.state.connections.len(), 1, "only the other is left");
+    assert_eq!(scene.state.by_id.len(), 1);
+}
+
+#[test]
+fn an_abandoned_download_that_is_alone_ends_the_session() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.read(key);
+    scene.written();
+    (0..40).for_each(|_| {
+        scene.data(key, 32 << 10);
+        scene.read(key);
+    });
+    scene.state.detach(key, scene.now);
+    assert!(scene.state.ended().is_some());
+}
+
+#[test]
+fn a_slow_reader_that_is_alone_stops_the_reading_and_loses_nothing() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.read(key);
+    scene.written();
+    let mut sent = 0;
+    while scene.state.is_reading() {
+        scene.data(key, 32 << 10);
+        sent += 32 << 10;
+        assert!(sent <= 2 << 20, "no bound");
+    }
+    scene.pass(Duration::from_secs(3600));
+    assert!(scene.state.ended().is_none(), "silence was our own wish");
+    let mut read = 0;
+    while let Some(bytes) = scene.read(key) {
+        read += bytes.unwrap();
+    }
+    assert_eq!(read, sent);
+    assert!(scene.state.is_reading());
+}
+
+#[test]
+fn a_reader_that_takes_nothing_gives_way_to_its_neighbours_in_the_end() {
+    let mut scene = Scene::new();
+    let (slow, other) = (scene.open(80), scene.open(80));
+    for key in [slow, other] {
+        scene.read(key);
+        scene.written();
+        scene.reply(key);
+    }
+    while scene.state.is_reading() {
+        scene.data(slow, 1 << 20);
+    }
+    assert!(!scene.is_open());
+    scene.pass(Duration::from_secs(6));
+    assert!(scene.state.is_reading(), "the neighbour is held up for ever");
+    assert_eq!(kind(scene.read(slow)), io::ErrorKind::ConnectionAborted);
+    assert!(scene.read(other).is_none());
+}
+
+#[test]
+fn a_bulk_transfer_keeps_newcomers_off_while_it_lasts() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.read(key);
+    scene.written();
+    scene.reply(key);
+    scene.data(key, 1 << 20);
+    assert!(!scene.is_open());
+    while scene.read(key).is_some() {}
+    scene.pass(Duration::from_secs(3));
+    assert!(scene.is_open());
+}
+
+#[test]
+fn a_quiet_session_is_asked_for_a_sign_of_life_without_taking_a_workers_time() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.read(key);
+    scene.written();
+    scene.reply(key);
+    scene.pass(Duration::from_secs(5));
+    assert_eq!(scene.written(), [Wrote::Open(output::PROBE)]);
+    let mut refused = Vec::new();
+    frame::reset(&mut refused, output::PROBE, 1);
+    scene.receive(&refused);
+    scene.pass(Duration::from_secs(4));
+    assert!(scene.state.ended().is_none());
+}
+
+#[test]
+fn a_dead_session_is_noticed_within_fifteen_seconds_and_six_when_in_use() {
+    for (active, within) in [(false, 15), (true, 6)] {
+        let mut scene = Scene::new();
+        let key = scene.open(80);
+        scene.read(key);
+        scene.written();
+        scene.reply(key);
+        if active {
+            scene.write(key, 10);
+        }
+        let begun = scene.now;
+        while scene.state.ended().is_none() {
+            let next = scene.state.deadline(scene.now);
+            scene.now = next.max(scene.now + Duration::from_millis(1));
+            scene.state.tick(scene.now);
+            scene.written();
+        }
+        let taken = scene.now - begun;
+        assert!(
+            taken <= Duration::from_secs(within) + Duration::from_millis(50),
+            "{taken:?}"
+        );
+        assert!(taken > Duration::from_secs(within / 2), "{taken:?} is hasty");
+    }
+}
+
+#[test]
+fn what_had_not_left_when_the_session_broke_may_be_tried_again() {
+    let mut scene = Scene::new();
+    let (sent, unsent) = (scene.open(80), scene.open(80));
+    scene.write(sent, 10);
+    scene.written();
+    scene.write(unsent, 10);
+    scene.state.end("gone");
+    assert_eq!(kind(scene.read(sent)), io::ErrorKind::ConnectionAborted);
+    assert_eq!(kind(scene.read(unsent)), io::ErrorKind::NotConnected);
+}
+
+#[test]
+fn a_connection_that_the_runtime_does_not_take_fails() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.write(key, 10);
+    scene.written();
+    scene.pass(Duration::from_secs(1));
+    assert!(scene.read(key).is_none());
+    scene.pass(Duration::from_secs(3));
+    assert_eq!(kind(scene.read(key)), io::ErrorKind::TimedOut);
+    assert!(!scene.is_open());
+}
+
+#[test]
+fn a_retired_session_lasts_as_long_as_its_connections() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.read(key);
+    scene.state.retire();
+    assert!(!scene.state.is_done());
+    scene.state.detach(key, scene.now);
+    assert!(scene.state.is_done());
+}
+
+#[test]
+fn a_sandbox_that_has_ended_takes_its_session_along() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.write(key, 10);
+    scene.written();
+    scene.end(key, "network namespace for sandbox \"1f\" is closed");
+    assert!(scene.state.load(scene.now).worn);
+}
