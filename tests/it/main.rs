@@ -19,5 +19,7 @@ mod lifecycle;
 mod log;
 mod lookup;
 mod program;
+#[cfg(target_os = "linux")]
+mod sudo;
 mod tls;
 mod upgrade;
