@@ -10,5 +10,5 @@ mod service;
 
 pub use balance::{Cursor, pick};
 pub use endpoint::{Endpoint, InFlight, Load, PodRef};
-pub use index::{Interest, LookupError, LookupErrorKind, Registry, Writer, channel};
+pub use index::{Interest, Known, LookupError, LookupErrorKind, Registry, Writer, channel};
 pub use service::{Protocol, Service, ServiceKind, ServicePort, View};

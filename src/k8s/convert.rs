@@ -1,9 +1,11 @@
 //! Kubernetes objects to the registry's types: the only place that reads them.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::{Pod, Service as KubeService, ServicePort as KubePort};
+use k8s_openapi::api::core::v1::{Pod, PodStatus, Service as KubeService, ServicePort as KubePort};
 use k8s_openapi::api::discovery::v1::{Endpoint as KubeEndpoint, EndpointPort, EndpointSlice};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
@@ -83,15 +85,25 @@ pub(super) fn endpoints_from_slices(slices: &[EndpointSlice], loads: &mut Loads)
         let ports = slice_ports(slice.ports.as_deref().unwrap_or_default());
         for endpoint in slice.endpoints.iter().flatten() {
             if let Some(endpoint) = slice_endpoint(namespace, endpoint, &ports) {
-                // The EndpointSlice API allows an endpoint in several slices while it moves; the ready one is the newer.
-                let newer = found.get(&endpoint.pod).is_none_or(|known| !known.ready);
-                if newer {
-                    found.insert(endpoint.pod.clone(), endpoint);
+                match found.entry(endpoint.pod.clone()) {
+                    Entry::Vacant(entry) => drop(entry.insert(endpoint)),
+                    Entry::Occupied(mut entry) => merge(entry.get_mut(), endpoint),
                 }
             }
         }
     }
     keep_loads(found, loads)
+}
+
+/// Joins what two slices say of one pod. The EndpointSlice API allows an endpoint in several slices while it moves; the ready
+/// one is the newer.
+fn merge(known: &mut Endpoint, mut other: Endpoint) {
+    if !known.ready {
+        std::mem::swap(known, &mut other);
+    }
+    known.addresses.extend(other.addresses);
+    known.addresses.sort_unstable();
+    known.addresses.dedup();
 }
 
 fn slice_ports(ports: &[EndpointPort]) -> BTreeMap<String, u16> {
@@ -123,6 +135,11 @@ fn slice_endpoint(
             name: target.name.as_deref()?.into(),
             uid: target.uid.as_deref().unwrap_or_default().into(),
         },
+        addresses: endpoint
+            .addresses
+            .iter()
+            .filter_map(|address| address.parse().ok())
+            .collect(),
         hostname: endpoint.hostname.as_deref().map(Arc::from),
         // An absent condition means true for `ready` and false for `terminating` (discovery/v1 EndpointConditions).
         ready: conditions.ready.unwrap_or(true),
@@ -167,6 +184,7 @@ fn pod_endpoint(service: &Service, pod: &Pod) -> Option<Endpoint> {
             name: pod.metadata.name.as_deref()?.into(),
             uid: pod.metadata.uid.as_deref().unwrap_or_default().into(),
         },
+        addresses: pod_addresses(status),
         hostname: hostname.map(Arc::from),
         ready: conditions
             .iter()
@@ -179,6 +197,18 @@ fn pod_endpoint(service: &Service, pod: &Pod) -> Option<Endpoint> {
             .collect(),
         load: Arc::default(),
     })
+}
+
+/// Returns a pod's addresses; a cluster with one family of them may leave the list out.
+fn pod_addresses(status: &PodStatus) -> Vec<IpAddr> {
+    let listed = status.pod_ips.iter().flatten().map(|address| &address.ip);
+    let mut addresses: Vec<IpAddr> = listed
+        .chain(&status.pod_ip)
+        .filter_map(|address| address.parse().ok())
+        .collect();
+    addresses.sort_unstable();
+    addresses.dedup();
+    addresses
 }
 
 /// Finds the number of a Service port's target in one pod; a named target may differ from pod to pod.

@@ -1,8 +1,9 @@
 //! Why the proxy answers a request itself, and the one table of what that means: status, gRPC status, response flag.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
-use http::StatusCode;
+use http::{Method, StatusCode};
 
 use crate::name::{NameError, ServiceName};
 use crate::registry::{LookupError, LookupErrorKind};
@@ -32,6 +33,19 @@ pub enum Error {
         "kube-tunnel has no page {0:?}; to reach a Service send its name as the host, e.g. curl -H 'Host: web.default.svc.{1}' …"
     )]
     NoSuchPage(String, String),
+    /// The page is there to be read, not to be written.
+    #[error("kube-tunnel's own pages answer GET and HEAD, not {0}")]
+    NotReadOnly(Method),
+    /// The host is an address of neither this machine's loopback nor this connection.
+    #[error(
+        "kube-tunnel's own pages do not answer for {0}; ask localhost, or the address that it listens on"
+    )]
+    ForeignHost(IpAddr),
+    /// A web page of another site asks for a page of the proxy's own.
+    #[error(
+        "kube-tunnel's own pages are not for pages of other sites; --cors-allow-origin names the sites that may read them"
+    )]
+    ForeignOrigin,
     /// The Service could not be looked up.
     #[error("{}", lookup_text(.0, .1))]
     Lookup(ServiceName, LookupError),
@@ -108,6 +122,8 @@ impl Error {
             Self::BadHost(_) | Self::BadRequest(_) => (400, grpc::INVALID_ARGUMENT, "NR"),
             Self::UnknownHost { .. } => (400, grpc::INVALID_ARGUMENT, "NR"),
             Self::NoSuchPage(..) => (404, grpc::UNIMPLEMENTED, "NR"),
+            Self::NotReadOnly(_) => (405, grpc::UNIMPLEMENTED, "NR"),
+            Self::ForeignHost(_) | Self::ForeignOrigin => (403, grpc::PERMISSION_DENIED, "NR"),
             Self::Lookup(_, error) => match error.kind {
                 LookupErrorKind::NotFound => (404, grpc::NOT_FOUND, "NC"),
                 LookupErrorKind::Forbidden => (403, grpc::PERMISSION_DENIED, "UAEX"),

@@ -171,6 +171,7 @@ mod tests {
                 name: name.into(),
                 uid: name.into(),
             },
+            addresses: Vec::new(),
             hostname: Some(name.into()),
             ready: true,
             terminating: false,

@@ -117,6 +117,17 @@ pub(crate) struct Failure {
     pub(crate) reused: bool,
 }
 
+/// What is open to one port of one pod.
+#[derive(Debug)]
+pub(crate) struct Open {
+    /// The port.
+    pub(crate) target: Target,
+    /// Connections, idle ones too, of any protocol. Those that were upgraded from HTTP are no longer among them.
+    pub(crate) connections: usize,
+    /// What the port is known to speak.
+    pub(crate) spoken: Option<Wire>,
+}
+
 /// Whether a request may go over a connection that was idle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fresh {
@@ -286,6 +297,26 @@ impl Upstream {
     /// Returns which protocol a port is known to speak.
     pub(crate) fn spoken(&self, target: &Target) -> Option<Wire> {
         lock(&self.spoken).get(target).copied()
+    }
+
+    /// Lists what is open, or was until a moment ago.
+    pub(crate) fn open(&self) -> Vec<Open> {
+        let mut open: Vec<Open> = Vec::new();
+        for (peer, pool) in lock(&self.pools).iter() {
+            let connections = match pool {
+                Pool::Http1(pool) => pool.open(),
+                Pool::Http2(pool) => pool.open(),
+            };
+            match open.iter_mut().find(|open| open.target == peer.target) {
+                Some(open) => open.connections += connections,
+                None => open.push(Open {
+                    target: peer.target.clone(),
+                    connections,
+                    spoken: self.spoken(&peer.target),
+                }),
+            }
+        }
+        open
     }
 
     /// Remembers which protocol a port speaks.

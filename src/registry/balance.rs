@@ -41,6 +41,7 @@ mod tests {
                 name: number.to_string().into(),
                 uid: "".into(),
             },
+            addresses: Vec::new(),
             hostname: None,
             ready: true,
             terminating: false,

@@ -18,6 +18,7 @@ mod kubeconfig;
 mod lifecycle;
 mod log;
 mod lookup;
+mod own;
 mod program;
 #[cfg(target_os = "linux")]
 mod sudo;
