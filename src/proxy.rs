@@ -24,7 +24,7 @@ use rustls::ServerConfig;
 
 use crate::drain::Drain;
 use crate::name::Naming;
-use crate::registry::{Cursor, Registry};
+use crate::registry::{Balancer, Registry};
 use crate::transport::Connect;
 
 pub use cors::AllowOrigin;
@@ -78,8 +78,8 @@ struct Context {
     tls: Arc<ServerConfig>,
     registry: Registry,
     upstream: upstream::Upstream,
-    /// Makes endpoints with equal load take turns.
-    cursor: Cursor,
+    /// Chooses among endpoints.
+    balancer: Balancer,
     /// The connections of clients, which are what shutdown waits for.
     clients: Drain,
 }
@@ -114,7 +114,7 @@ impl Proxy {
             tls: tls.server,
             registry,
             upstream: upstream::Upstream::new(connect, tls.pods, config.idle_timeout, pods),
-            cursor: Cursor::default(),
+            balancer: Balancer::default(),
             clients,
         };
         Self {

@@ -4,8 +4,11 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
-use k8s_openapi::api::core::v1::{Pod, PodStatus, Service as KubeService, ServicePort as KubePort};
+use k8s_openapi::api::core::v1::{
+    Pod, PodStatus, Service as KubeService, ServicePort as KubePort, ServiceSpec,
+};
 use k8s_openapi::api::discovery::v1::{Endpoint as KubeEndpoint, EndpointPort, EndpointSlice};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
@@ -18,6 +21,7 @@ pub(super) type Loads = HashMap<PodRef, Arc<Load>>;
 /// Converts a Service object. Its name is the one it was asked for by.
 pub(super) fn service(name: ServiceName, object: &KubeService) -> Service {
     let spec = object.spec.clone().unwrap_or_default();
+    let affinity = affinity(&spec);
     let kind = match (spec.type_.as_deref(), spec.cluster_ip.as_deref()) {
         (Some("ExternalName"), _) => ServiceKind::ExternalName(spec.external_name.unwrap_or_default()),
         (_, Some("None")) => ServiceKind::Headless,
@@ -26,6 +30,7 @@ pub(super) fn service(name: ServiceName, object: &KubeService) -> Service {
     Service {
         name,
         kind,
+        affinity,
         ports: spec
             .ports
             .unwrap_or_default()
@@ -35,6 +40,17 @@ pub(super) fn service(name: ServiceName, object: &KubeService) -> Service {
         has_selector: spec.selector.is_some_and(|selector| !selector.is_empty()),
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
     }
+}
+
+/// How long a client sticks to an endpoint; the default is that of the API (core/v1 ClientIPConfig: three hours).
+fn affinity(spec: &ServiceSpec) -> Option<Duration> {
+    if spec.session_affinity.as_deref() != Some("ClientIP") {
+        return None;
+    }
+    let config = spec.session_affinity_config.as_ref();
+    let seconds = config.and_then(|config| config.client_ip.as_ref()?.timeout_seconds);
+    let seconds = seconds.and_then(|seconds| u64::try_from(seconds).ok());
+    Some(Duration::from_secs(seconds.unwrap_or(10_800)))
 }
 
 fn service_port(port: &KubePort) -> Option<ServicePort> {

@@ -1,6 +1,7 @@
 //! Which endpoints a request may go to: a pure function of the Service, the port that was asked for and the client's protocol.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::proxy::error::Error;
 use crate::registry::{Endpoint, Protocol, ServiceKind, ServicePort, View};
@@ -18,6 +19,8 @@ pub(crate) struct Route {
     pub(crate) candidates: Vec<(Arc<Endpoint>, u16)>,
     /// What the port says about its protocol.
     pub(crate) hint: Hint,
+    /// For how long a client stays with an endpoint after its last request, if it does.
+    pub(crate) affinity: Option<Duration>,
 }
 
 /// What a Service port declares about the protocol behind it.
@@ -56,8 +59,11 @@ pub(crate) fn route(view: &View, port: u16, hostname: Option<&str>) -> Result<Ro
             detail: missing(view, hostname),
         });
     }
+    // As in the cluster: whoever asks for a pod by name has chosen, and a headless Service has nobody to choose for them.
+    let sticks = service.kind == ServiceKind::Virtual && hostname.is_none();
     Ok(Route {
         candidates,
+        affinity: service.affinity.filter(|_| sticks),
         hint: port.map_or_else(Hint::default, hint),
     })
 }
@@ -190,6 +196,7 @@ mod tests {
             ports,
             has_selector: true,
             publish_not_ready: false,
+            affinity: None,
         };
         View {
             service,

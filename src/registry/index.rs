@@ -310,6 +310,7 @@ mod tests {
             ports: vec![],
             has_selector: true,
             publish_not_ready: false,
+            affinity: None,
         };
         View {
             service,

@@ -99,6 +99,17 @@ fn a_pod_in_slices_of_both_families_is_one_endpoint() {
 }
 
 #[test]
+fn session_affinity_lasts_as_long_as_the_service_says() {
+    let affinity = |spec: Value| service(web(), &object(&spec)).affinity.map(|time| time.as_secs());
+    assert_eq!(affinity(json!({})), None);
+    assert_eq!(affinity(json!({"sessionAffinity": "None"})), None);
+    assert_eq!(affinity(json!({"sessionAffinity": "ClientIP"})), Some(10_800));
+    let config = json!({"clientIP": {"timeoutSeconds": 60}});
+    let short = json!({"sessionAffinity": "ClientIP", "sessionAffinityConfig": config});
+    assert_eq!(affinity(short), Some(60));
+}
+
+#[test]
 fn absent_conditions_mean_ready_and_not_terminating() {
     let mut slice = slice("IPv4", &[("web-1", true)]);
     slice.endpoints.as_mut().unwrap()[0].conditions = None;

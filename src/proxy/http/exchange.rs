@@ -19,7 +19,7 @@ use crate::proxy::reply;
 use crate::proxy::retry::{Attempt, Attempts, Verdict};
 use crate::proxy::route::{Hint, Route, route};
 use crate::proxy::upstream::{Answer, Failure, Fresh, Peer, Wire};
-use crate::registry::{self, InFlight, PodRef};
+use crate::registry::{InFlight, PodRef, Session};
 use crate::traffic::AccessRecord;
 use crate::transport::{ConnectError, Target};
 
@@ -57,7 +57,16 @@ pub(super) async fn exchange(
     let mut failed: Vec<PodRef> = Vec::new();
     let (mut pauses, mut fresh, mut switched) = (0, Fresh::No, None);
     loop {
-        let Route { mut candidates, hint } = locate(context, destination).await?;
+        let Route {
+            mut candidates,
+            hint,
+            affinity,
+        } = locate(context, destination).await?;
+        let session = affinity.map(|timeout| Session {
+            service: destination.service.clone(),
+            client: record.client.ip(),
+            timeout,
+        });
         if candidates
             .iter()
             .all(|(endpoint, _)| failed.contains(&endpoint.pod))
@@ -68,7 +77,9 @@ pub(super) async fn exchange(
         let last = candidates.len() == 1;
         let (endpoint, port) = match &switched {
             Some((endpoint, port, _)) => (endpoint, port),
-            None => registry::pick(&candidates, |(endpoint, _)| endpoint, &context.cursor)
+            None => context
+                .balancer
+                .pick(&candidates, |(endpoint, _)| endpoint, session.as_ref())
                 .map(|(endpoint, port)| (endpoint, port))
                 .expect("a route has candidates, and not all of them have failed"),
         };
