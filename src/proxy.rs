@@ -25,6 +25,7 @@ use rustls::ServerConfig;
 use crate::drain::Drain;
 use crate::name::Naming;
 use crate::registry::{Balancer, Registry};
+use crate::traffic::Requests;
 use crate::transport::Connect;
 
 pub use cors::AllowOrigin;
@@ -80,6 +81,8 @@ struct Context {
     upstream: upstream::Upstream,
     /// Chooses among endpoints.
     balancer: Balancer,
+    /// Numbers the requests.
+    requests: Requests,
     /// The connections of clients, which are what shutdown waits for.
     clients: Drain,
 }
@@ -115,6 +118,7 @@ impl Proxy {
             registry,
             upstream: upstream::Upstream::new(connect, tls.pods, config.idle_timeout, pods),
             balancer: Balancer::default(),
+            requests: Requests::default(),
             clients,
         };
         Self {

@@ -32,7 +32,13 @@ pub(super) async fn answer(
 ) -> Result<Response<ResponseBody>, Infallible> {
     let path = request.uri().path().to_owned();
     let (client, protocol) = (downstream.client, downstream.protocol(request.version()));
-    let mut record = AccessRecord::new(client, protocol, request.method().clone(), path);
+    let mut record = AccessRecord::new(
+        context.requests.next(),
+        client,
+        protocol,
+        request.method().clone(),
+        path,
+    );
     let version = request.version();
     let form = Form::of(request.headers());
     let cors = Cors::of(&request, &context.cors, &context.naming.zone);

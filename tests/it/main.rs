@@ -12,6 +12,7 @@ mod app;
 mod backends;
 mod client;
 mod command;
+mod debug_log;
 mod errors;
 mod http;
 mod kubeconfig;

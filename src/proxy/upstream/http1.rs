@@ -111,7 +111,7 @@ impl Pool {
         shared.drain.spawn(async move {
             let _open = open;
             if let Err(error) = connection.with_upgrades().await {
-                debug!(%target, %error, "connection to the pod ended");
+                debug!(endpoint = %target, %error, "connection to the pod ended");
             }
         });
         Ok(Connection { sender, cause })

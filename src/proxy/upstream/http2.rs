@@ -156,7 +156,7 @@ impl Pool {
                 ended
             });
             if let Err(error) = running.await {
-                debug!(%target, %error, "connection to the pod ended");
+                debug!(endpoint = %target, %error, "connection to the pod ended");
             }
         });
         Ok(Connection {
