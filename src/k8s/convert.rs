@@ -1,13 +1,13 @@
 //! Kubernetes objects to the registry's types: the only place that reads them.
 
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{
-    Pod, PodStatus, Service as KubeService, ServicePort as KubePort, ServiceSpec,
+    ObjectReference, Pod, PodStatus, Service as KubeService, ServicePort as KubePort, ServiceSpec,
 };
 use k8s_openapi::api::discovery::v1::{Endpoint as KubeEndpoint, EndpointPort, EndpointSlice};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
@@ -111,6 +111,23 @@ pub(super) fn endpoints_from_slices(slices: &[EndpointSlice], loads: &mut Loads)
     keep_loads(found, loads)
 }
 
+/// Lists the addresses of endpoints that no pod is behind, as they are written: the API server's own Service has such, and
+/// Services whose EndpointSlices somebody writes by hand.
+pub(super) fn podless(slices: &[EndpointSlice]) -> Vec<Arc<str>> {
+    let endpoints = slices.iter().flat_map(|slice| slice.endpoints.iter().flatten());
+    let podless = endpoints.filter(|endpoint| pod_of(endpoint).is_none());
+    let found: BTreeSet<Arc<str>> = podless
+        .flat_map(|endpoint| endpoint.addresses.iter().map(|address| address.as_str().into()))
+        .collect();
+    found.into_iter().collect()
+}
+
+/// The pod behind an endpoint, if there is one.
+fn pod_of(endpoint: &KubeEndpoint) -> Option<&ObjectReference> {
+    let target = endpoint.target_ref.as_ref()?;
+    Some(target).filter(|target| target.kind.as_deref() == Some("Pod"))
+}
+
 /// Joins what two slices say of one pod. The EndpointSlice API allows an endpoint in several slices while it moves; the ready
 /// one is the newer.
 fn merge(known: &mut Endpoint, mut other: Endpoint) {
@@ -140,10 +157,7 @@ fn slice_endpoint(
     endpoint: &KubeEndpoint,
     ports: &BTreeMap<String, u16>,
 ) -> Option<Endpoint> {
-    let target = endpoint
-        .target_ref
-        .as_ref()
-        .filter(|target| target.kind.as_deref() == Some("Pod"))?;
+    let target = pod_of(endpoint)?;
     let conditions = endpoint.conditions.clone().unwrap_or_default();
     Some(Endpoint {
         pod: PodRef {

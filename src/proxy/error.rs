@@ -62,6 +62,18 @@ pub enum Error {
     /// The Service stands for a name outside the cluster.
     #[error("service {0} is an ExternalName for {1}, outside the cluster; ask for {1} itself")]
     ExternalName(ServiceName, String),
+    /// The Service sends to addresses that are no pods, which a port-forward cannot reach.
+    #[error(
+        "service {service} sends to addresses without a pod ({addresses}), and a port-forward reaches pods alone; ask for them directly, \
+         or if they are pods, give their endpoints a targetRef: kubectl get endpointslices -n {} -l kubernetes.io/service-name={} -o yaml",
+        .service.namespace(), .service.name()
+    )]
+    NoPod {
+        /// The Service.
+        service: ServiceName,
+        /// The addresses, in words.
+        addresses: String,
+    },
     /// No pod of the Service may get traffic.
     #[error("no ready pod for service {service}: {detail}; check with kubectl get pods,endpointslices -n {}", .service.namespace())]
     NoEndpoint {
@@ -133,6 +145,7 @@ impl Error {
             },
             Self::NoSuchPort { .. } => (404, grpc::NOT_FOUND, "NC"),
             Self::ExternalName(..) => (502, grpc::UNAVAILABLE, "NC"),
+            Self::NoPod { .. } => (502, grpc::UNAVAILABLE, "NC"),
             Self::NoEndpoint { .. } => (503, grpc::UNAVAILABLE, "UH"),
             Self::Connect(_, error) => match error {
                 ConnectError::Forbidden(_) => (403, grpc::PERMISSION_DENIED, "UAEX"),

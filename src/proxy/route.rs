@@ -35,7 +35,7 @@ pub(crate) struct Hint {
 /// Finds the candidates of a request to `port` of the Service, or to the endpoint named `hostname`.
 ///
 /// # Errors
-/// [`Error::NoSuchPort`], [`Error::NoEndpoint`] or [`Error::ExternalName`].
+/// [`Error::NoSuchPort`], [`Error::NoEndpoint`], [`Error::NoPod`] or [`Error::ExternalName`].
 pub(crate) fn route(view: &View, port: u16, hostname: Option<&str>) -> Result<Route, Error> {
     let service = &view.service;
     if let ServiceKind::ExternalName(name) = &service.kind {
@@ -53,6 +53,12 @@ pub(crate) fn route(view: &View, port: u16, hostname: Option<&str>) -> Result<Ro
         .filter(|endpoint| view.serves(endpoint) && named(endpoint))
         .filter_map(|endpoint| Some((endpoint.clone(), number(endpoint)?)))
         .collect();
+    if view.endpoints.is_empty() && !view.podless.is_empty() {
+        return Err(Error::NoPod {
+            service: service.name.clone(),
+            addresses: some(&view.podless),
+        });
+    }
     if candidates.is_empty() {
         return Err(Error::NoEndpoint {
             service: service.name.clone(),
@@ -102,6 +108,14 @@ fn list(ports: &[ServicePort]) -> String {
         }
     });
     words.collect::<Vec<_>>().join(", ")
+}
+
+/// Words a list that may be long.
+fn some(list: &[Arc<str>]) -> String {
+    const SHOWN: usize = 3;
+    let shown = list.iter().take(SHOWN).map(|item| &**item).collect::<Vec<_>>();
+    let more = if list.len() > SHOWN { ", …" } else { "" };
+    format!("{}{more}", shown.join(", "))
 }
 
 /// Reads `appProtocol` (KEP-3726 and the values that meshes use) and else the port's name, by the usual prefixes. Port 443
@@ -201,6 +215,7 @@ mod tests {
         View {
             service,
             endpoints,
+            podless: vec![],
             served: false,
         }
     }
@@ -292,6 +307,21 @@ mod tests {
                 .to_string()
                 .contains("example.org")
         );
+    }
+
+    #[test]
+    fn addresses_without_a_pod_are_refused_and_pods_beside_them_are_used() {
+        let mut view = view(vec![], vec![]);
+        view.podless = ["192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.4"]
+            .map(Arc::from)
+            .into();
+        let error = route(&view, 80, None).unwrap_err();
+        assert!(
+            error.to_string().contains("(192.0.2.1, 192.0.2.2, 192.0.2.3, …)"),
+            "{error}"
+        );
+        view.endpoints.push(endpoint("a", &[]));
+        assert_eq!(chosen(&route(&view, 80, None).unwrap()), [("a", 8080)]);
     }
 
     #[test]

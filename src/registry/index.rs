@@ -315,6 +315,7 @@ mod tests {
         View {
             service,
             endpoints: vec![],
+            podless: vec![],
             served: false,
         }
     }

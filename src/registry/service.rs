@@ -68,6 +68,8 @@ pub struct View {
     pub service: Service,
     /// All its endpoints, ready or not, ordered by pod so that equal states are equal.
     pub endpoints: Vec<Arc<Endpoint>>,
+    /// Addresses, or names, that the Service sends to as well and that no pod is behind, in order.
+    pub podless: Vec<Arc<str>>,
     /// Whether there has been an endpoint that serves since the Service is followed; kept by the registry.
     pub served: bool,
 }

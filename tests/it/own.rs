@@ -43,6 +43,7 @@ async fn services_tells_what_is_in_use_and_what_is_not_there() {
     assert_eq!(
         members,
         [
+            "addresses_without_pod",
             "endpoints",
             "error",
             "external_name",

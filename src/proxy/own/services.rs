@@ -36,6 +36,7 @@ fn service(context: &Context, known: &Known, now: Timestamp, open: &[Open]) -> V
         "external_name": null,
         "ports": [],
         "endpoints": [],
+        "addresses_without_pod": [],
         "error": null,
     });
     match &known.answer {
@@ -65,6 +66,7 @@ fn service(context: &Context, known: &Known, now: Timestamp, open: &[Open]) -> V
             object["external_name"] = external.into();
             object["ports"] = view.service.ports.iter().map(port).collect();
             let endpoints = view.endpoints.iter();
+            object["addresses_without_pod"] = view.podless.iter().map(|address| &**address).collect();
             object["endpoints"] = endpoints
                 .map(|endpoint| self::endpoint(view, endpoint, open))
                 .collect();
