@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use nix::errno::Errno;
 use nix::unistd::{Gid, Uid, User, getresuid, initgroups, setgroups, setresgid, setresuid};
+use tracing::info;
 
 use crate::privileges::Error;
 use crate::privileges::account::{Account, Invoker};
@@ -65,6 +66,10 @@ impl Held {
         if !all_given || setresuid(KEEP, ROOT, KEEP).is_ok() {
             return Err(Error::Regained);
         }
+        info!(
+            user = self.user,
+            "root's rights are given up for those of the user who called sudo"
+        );
         Ok(())
     }
 
