@@ -26,10 +26,6 @@ impl Account {
 
 /// The user who had root start the program.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[cfg_attr(
-    not(target_os = "linux"),
-    expect(dead_code, reason = "only Linux gives root's rights up")
-)]
 pub(super) enum Invoker {
     /// As sudo says it: the user's id, and their group's.
     Ids { uid: u32, gid: Option<u32> },
