@@ -12,6 +12,7 @@ use tracing::{info, warn};
 use crate::config::Config;
 use crate::drain::{Drain, Drained};
 use crate::k8s::{Cluster, Discovery, PortForward};
+use crate::privileges::Privileges;
 use crate::proxy::{Listener, PodTls, Proxy, Tls};
 use crate::registry;
 use crate::tls::{self, CertificateAuthority};
@@ -33,12 +34,14 @@ pub struct App {
 }
 
 impl App {
-    /// Binds the port, reads the kubeconfig and makes sure that the API server is there and lets us in.
+    /// Binds the port, gives up the rights that only that needed, reads the kubeconfig and makes sure that the API server is
+    /// there and lets us in.
     ///
     /// # Errors
-    /// One line for the user: [`crate::proxy::BindError`] or [`crate::k8s::ConnectionError`].
-    pub async fn bind(config: &Config) -> Result<Self> {
-        let listener = Listener::bind(&config.proxy.bind, config.proxy.port)?;
+    /// One line for the user: [`crate::proxy::BindError`], [`crate::privileges::Error`] or [`crate::k8s::ConnectionError`].
+    pub async fn bind(config: &Config, privileges: Privileges) -> Result<Self> {
+        let listener = privileges.raised(|| Listener::bind(&config.proxy.bind, config.proxy.port))??;
+        privileges.give_up()?;
         let cluster = Cluster::load(&config.k8s).await?;
         let version = cluster.check().await?;
         info!(server = cluster.url(), version, "connected to the cluster");

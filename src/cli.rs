@@ -15,6 +15,7 @@ use tracing::warn;
 
 use crate::config::setting::{self, Kind, Setting};
 use crate::config::{self, Config, Layers};
+use crate::privileges::{Account, Privileges};
 use crate::telemetry;
 
 /// Exit code of a mistake in the command line, the environment or the configuration file.
@@ -27,7 +28,16 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Err(error) => return refuse(&error),
     };
     let (name, matches) = matches.subcommand().unwrap_or(("run", &matches));
-    let loaded = layers(matches).and_then(|layers| Ok((Config::new(&layers)?, layers)));
+    // Before anything is read: the files are the user's who called sudo, and so are the rights to read them.
+    let privileges = match Privileges::assume(|name| std::env::var(name).ok()) {
+        Ok(privileges) => privileges,
+        Err(error) => {
+            complain(&error.to_string());
+            return ExitCode::FAILURE;
+        }
+    };
+    let account = privileges.account();
+    let loaded = layers(matches, account).and_then(|layers| Ok((Config::new(&layers, account)?, layers)));
     let (config, layers) = match loaded {
         Ok(loaded) => loaded,
         Err(error) => {
@@ -44,8 +54,8 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
     let done = match name {
         #[cfg(feature = "testing")]
-        "demo" => demo::run(config, &layers),
-        _ => run::run(&config),
+        "demo" => demo::run(config, &layers, privileges),
+        _ => run::run(&config, privileges),
     };
     match done {
         Ok(code) => code,
@@ -118,13 +128,16 @@ fn gnu_syntax(argument: OsString) -> OsString {
     }
 }
 
-fn layers(matches: &ArgMatches) -> Result<Layers, config::Error> {
+fn layers(matches: &ArgMatches, account: &Account) -> Result<Layers, config::Error> {
     let flags: Vec<_> = setting::ALL
         .iter()
         .filter_map(|setting| Some((*setting, matches.get_one::<String>(setting.key)?.clone())))
         .collect();
     let file = matches.get_one::<String>("config-file").map(PathBuf::from);
-    Layers::load(&flags, file, |name| std::env::var(name).ok())
+    Layers::load(&flags, file, |name| match name {
+        "HOME" => Some(account.home.as_ref()?.to_str()?.to_owned()),
+        _ => std::env::var(name).ok(),
+    })
 }
 
 /// Ends for a command line that asks for help or makes no sense.
@@ -171,8 +184,9 @@ mod tests {
             .try_get_matches_from(arguments.map(gnu_syntax))
             .map_err(|error| error.to_string())?;
         let (_, matches) = matches.subcommand().unwrap_or(("run", &matches));
-        let layers = layers(matches).map_err(|error| error.to_string())?;
-        Config::new(&layers).map_err(|error| error.to_string())
+        let account = Account::default();
+        let layers = layers(matches, &account).map_err(|error| error.to_string())?;
+        Config::new(&layers, &account).map_err(|error| error.to_string())
     }
 
     #[test]

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use crate::k8s;
 use crate::name::Naming;
+use crate::privileges::Account;
 use crate::proxy::{self, Bind, RetryPolicy};
 use crate::telemetry;
 use crate::tls::Trust;
@@ -69,11 +70,11 @@ pub struct Config {
 }
 
 impl Config {
-    /// Validates the merged layers.
+    /// Validates the merged layers. The files of a setting that nobody gave a path for are those of `account`.
     ///
     /// # Errors
     /// [`Error::BadValue`] for the first value that its setting does not take.
-    pub fn new(layers: &Layers) -> Result<Self, Error> {
+    pub fn new(layers: &Layers, account: &Account) -> Result<Self, Error> {
         use setting as s;
         let idle_timeout = layers.duration(&s::IDLE_TIMEOUT)?;
         let namespace = layers.text(&s::NAMESPACE);
@@ -89,6 +90,7 @@ impl Config {
                 poll_interval: layers.duration(&s::POLL_INTERVAL)?,
                 idle_timeout,
                 carriers: layers.parse(&s::PORT_FORWARD)?,
+                account: account.clone(),
             },
             proxy: proxy::Config {
                 bind: bind(layers)?,
@@ -112,7 +114,7 @@ impl Config {
             state_dir: layers
                 .text(&s::STATE_DIR)
                 .map(PathBuf::from)
-                .or_else(default_state_dir),
+                .or_else(|| default_state_dir(account)),
             drain_timeout: layers.duration(&s::DRAIN_TIMEOUT)?,
             cleanup: layers.switch(&s::CLEANUP)?,
             dns_only: layers.switch(&s::DNS_ONLY)?,
@@ -122,11 +124,11 @@ impl Config {
 }
 
 /// The user's state folder (XDG Base Directory Specification).
-fn default_state_dir() -> Option<PathBuf> {
+fn default_state_dir(account: &Account) -> Option<PathBuf> {
     let configured = std::env::var_os("XDG_STATE_HOME")
         .map(PathBuf::from)
         .filter(|path| path.is_absolute());
-    let state = configured.or_else(|| Some(std::env::home_dir()?.join(".local/state")))?;
+    let state = configured.or_else(|| Some(account.home.as_ref()?.join(".local/state")))?;
     Some(state.join("kube-tunnel"))
 }
 

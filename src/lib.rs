@@ -8,6 +8,7 @@ pub mod config;
 pub mod drain;
 pub mod k8s;
 pub mod name;
+pub mod privileges;
 pub mod proxy;
 pub mod registry;
 pub mod telemetry;

@@ -4,7 +4,7 @@
 //! `hostname.service.namespace.svc.zone`) and the short forms that a pod's search list makes of them.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -144,8 +144,11 @@ pub enum Host {
         /// The endpoint's host name (`db-0` in `db-0.db.default.svc.cluster.local`), if one was named.
         hostname: Option<Arc<str>>,
     },
-    /// The proxy itself: `localhost`, an IP literal, or no host at all.
-    Own,
+    /// The proxy itself.
+    Own {
+        /// The address, if the host is one; else it is `localhost` or empty.
+        literal: Option<IpAddr>,
+    },
     /// Some other name, which no part of the cluster answers to.
     Unknown,
 }
@@ -182,8 +185,18 @@ impl Naming {
     }
 
     fn parse_host(&self, host: &str) -> Result<Host, NameError> {
-        if host.is_empty() || host.starts_with('[') || host.parse::<IpAddr>().is_ok() {
-            return Ok(Host::Own);
+        if let Some(inside) = host.strip_prefix('[') {
+            let literal = inside
+                .strip_suffix(']')
+                .and_then(|inside| inside.parse::<Ipv6Addr>().ok());
+            let literal = literal.ok_or_else(|| NameError::Host(host.into()))?;
+            return Ok(Host::Own {
+                literal: Some(literal.into()),
+            });
+        }
+        let literal = host.parse::<IpAddr>().ok();
+        if host.is_empty() || literal.is_some() {
+            return Ok(Host::Own { literal });
         }
         let lower = host.to_ascii_lowercase();
         let name = lower.strip_suffix('.').unwrap_or(&lower);
@@ -191,7 +204,7 @@ impl Naming {
             return Err(NameError::TooLong);
         }
         if name == "localhost" || name.ends_with(".localhost") {
-            return Ok(Host::Own);
+            return Ok(Host::Own { literal: None });
         }
         if !name
             .bytes()
@@ -314,7 +327,9 @@ mod tests {
         assert_eq!(
             parse("[::1]:8080").unwrap(),
             Authority {
-                host: Host::Own,
+                host: Host::Own {
+                    literal: Some(Ipv6Addr::LOCALHOST.into())
+                },
                 port: Some(8080)
             }
         );
@@ -354,7 +369,7 @@ mod tests {
             "[::1]",
             "",
         ] {
-            assert_eq!(parse(own).unwrap().host, Host::Own, "{own}");
+            assert!(matches!(parse(own).unwrap().host, Host::Own { .. }), "{own}");
         }
         for unknown in ["www.example.com", "a.b.svc.evil.local", "svc", "a.b.c.d.e"] {
             assert_eq!(parse(unknown).unwrap().host, Host::Unknown, "{unknown}");
@@ -377,6 +392,9 @@ mod tests {
             "web.shop:+80",
             "web.shop:http",
             "::1",
+            "[localhost]",
+            "[::1]x",
+            "[127.0.0.1]",
             "user@web.shop",
         ] {
             assert!(parse(bad).is_err(), "{bad} was accepted: {:?}", parse(bad));

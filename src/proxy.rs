@@ -24,7 +24,8 @@ use rustls::ServerConfig;
 
 use crate::drain::Drain;
 use crate::name::Naming;
-use crate::registry::{Cursor, Registry};
+use crate::registry::{Balancer, Registry};
+use crate::traffic::Requests;
 use crate::transport::Connect;
 
 pub use cors::AllowOrigin;
@@ -78,8 +79,10 @@ struct Context {
     tls: Arc<ServerConfig>,
     registry: Registry,
     upstream: upstream::Upstream,
-    /// Makes endpoints with equal load take turns.
-    cursor: Cursor,
+    /// Chooses among endpoints.
+    balancer: Balancer,
+    /// Numbers the requests.
+    requests: Requests,
     /// The connections of clients, which are what shutdown waits for.
     clients: Drain,
 }
@@ -114,7 +117,8 @@ impl Proxy {
             tls: tls.server,
             registry,
             upstream: upstream::Upstream::new(connect, tls.pods, config.idle_timeout, pods),
-            cursor: Cursor::default(),
+            balancer: Balancer::default(),
+            requests: Requests::default(),
             clients,
         };
         Self {

@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use http::{Method, StatusCode};
 use tokio::time::Instant;
@@ -42,9 +43,22 @@ pub enum Outcome {
     Complete,
 }
 
+/// Numbers the requests of a proxy from 1 on.
+#[derive(Debug, Default)]
+pub struct Requests(AtomicU64);
+
+impl Requests {
+    /// Returns the next number.
+    pub fn next(&self) -> u64 {
+        self.0.fetch_add(1, Ordering::Relaxed) + 1
+    }
+}
+
 /// One request, from its headers to the end of its response.
 #[derive(Debug)]
 pub struct AccessRecord {
+    /// Its number, which all that is logged about it has.
+    pub request: u64,
     /// When the request's headers had been read.
     pub started: Instant,
     /// The client.
@@ -88,8 +102,15 @@ pub struct AccessRecord {
 impl AccessRecord {
     /// Opens the record of a request.
     #[must_use]
-    pub fn new(client: SocketAddr, downstream: &'static str, method: Method, path: String) -> Self {
+    pub fn new(
+        request: u64,
+        client: SocketAddr,
+        downstream: &'static str,
+        method: Method,
+        path: String,
+    ) -> Self {
         Self {
+            request,
             started: Instant::now(),
             client,
             method,
@@ -124,7 +145,6 @@ impl AccessRecord {
 
 impl Drop for AccessRecord {
     fn drop(&mut self) {
-        let milliseconds = |since: Instant| since.duration_since(self.started).as_secs_f64() * 1e3;
         info!(
             target: ACCESS,
             method = %self.method,
@@ -139,19 +159,21 @@ impl Drop for AccessRecord {
             pod = self.pod.as_ref().map(|pod| &*pod.name),
             bytes_received = self.received.get(),
             bytes_sent = self.sent.get(),
-            duration_ms = rounded(milliseconds(Instant::now())),
-            first_byte_ms = self.first_byte.map(milliseconds).map(rounded),
+            duration_ms = milliseconds(self.started.elapsed()),
+            first_byte_ms = self.first_byte.map(|time| milliseconds(time.duration_since(self.started))),
             attempts = self.attempts,
             connection = self.reused.map(|reused| if reused { "reused" } else { "new" }),
             flag = self.shown_flag(),
             reason = self.reason,
             client = %self.client,
+            request = self.request,
             "access",
         );
     }
 }
 
-/// Rounds to microseconds: finer digits are noise.
-fn rounded(milliseconds: f64) -> f64 {
-    (milliseconds * 1e3).round() / 1e3
+/// Returns a span of time as logs show it: in milliseconds, rounded to microseconds, for finer digits are noise.
+#[must_use]
+pub fn milliseconds(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
 }

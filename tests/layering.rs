@@ -20,6 +20,7 @@ const LEVELS: &[(&str, u8)] = &[
     ("transport", 1),
     ("drain", 0),
     ("name", 0),
+    ("privileges", 0),
     ("telemetry", 0),
 ];
 

@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result};
 use crate::cli::run;
 use crate::config::setting;
 use crate::config::{Config, Layers, Source};
+use crate::privileges::Privileges;
 use crate::testing::FakeCluster;
 use crate::testing::Workload;
 use crate::testing::backend::{Protocols, Serve};
@@ -18,7 +19,7 @@ use crate::tls::CertificateAuthority;
 const NAMESPACE: &str = "shop";
 
 /// Runs the demo until a signal ends it. Without `--port` it takes a free high port, so that it runs beside anything.
-pub(super) fn run(mut config: Config, layers: &Layers) -> Result<ExitCode> {
+pub(super) fn run(mut config: Config, layers: &Layers, privileges: Privileges) -> Result<ExitCode> {
     if layers.value(&setting::PORT).source == Source::Default {
         config.proxy.port = 0;
     }
@@ -36,7 +37,7 @@ pub(super) fn run(mut config: Config, layers: &Layers) -> Result<ExitCode> {
         // The demo leaves nothing behind, its certificate authority included.
         config.state_dir = Some(folder.path().to_owned());
 
-        let Some(app) = run::start(&config, &mut signals).await? else {
+        let Some(app) = run::start(&config, privileges, &mut signals).await? else {
             return Ok(ExitCode::SUCCESS);
         };
         let port = app.addresses().first().context("no address is bound")?.port();

@@ -10,9 +10,10 @@ use tracing::{info, warn};
 
 use crate::app::App;
 use crate::config::Config;
+use crate::privileges::Privileges;
 
 /// Runs until SIGINT or SIGTERM and then drains; a second signal ends the process at once.
-pub(super) fn run(config: &Config) -> Result<ExitCode> {
+pub(super) fn run(config: &Config, privileges: Privileges) -> Result<ExitCode> {
     for origin in &config.pending {
         warn!("{origin} is accepted, but what it governs is not part of this version yet");
     }
@@ -25,7 +26,7 @@ pub(super) fn run(config: &Config) -> Result<ExitCode> {
     }
     block_on(async {
         let mut signals = Signals::install()?;
-        let Some(app) = start(config, &mut signals).await? else {
+        let Some(app) = start(config, privileges, &mut signals).await? else {
             return Ok(ExitCode::SUCCESS);
         };
         info!(
@@ -48,9 +49,13 @@ pub(super) fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> 
 }
 
 /// Binds the program, unless a signal comes first.
-pub(super) async fn start(config: &Config, signals: &mut Signals) -> Result<Option<App>> {
+pub(super) async fn start(
+    config: &Config,
+    privileges: Privileges,
+    signals: &mut Signals,
+) -> Result<Option<App>> {
     tokio::select! {
-        app = App::bind(config) => app.map(Some),
+        app = App::bind(config, privileges) => app.map(Some),
         signal = signals.next() => {
             info!(signal, "stopped before the start was complete");
             Ok(None)

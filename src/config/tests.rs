@@ -22,7 +22,7 @@ fn load(
 }
 
 fn config(environment: &[(&str, &str)]) -> Config {
-    Config::new(&load(&[], None, environment).unwrap()).unwrap()
+    Config::new(&load(&[], None, environment).unwrap(), &Account::default()).unwrap()
 }
 
 #[test]
@@ -46,7 +46,7 @@ fn flags_win_over_environment_over_file() {
     let file = Some("port = 1\nnamespace = \"file\"\ncontext = \"file\"\n");
     let environment = [("KUBE_TUNNEL_PORT", "2"), ("KUBE_TUNNEL_NAMESPACE", "env")];
     let layers = load(&[(&setting::PORT, "3")], file, &environment).unwrap();
-    let config = Config::new(&layers).unwrap();
+    let config = Config::new(&layers, &Account::default()).unwrap();
     assert_eq!(config.proxy.port, 3);
     assert_eq!(config.proxy.naming.namespace.as_deref(), Some("env"));
     assert_eq!(config.k8s.context.as_deref(), Some("file"));
@@ -57,7 +57,11 @@ fn the_seeds_variables_are_bounded_and_never_stop_the_program() {
     for (text, expected) in [("0", 0), ("10", 10), ("-1", 3), ("11", 3), ("x", 3)] {
         let layers = load(&[], None, &[("PROXY_MAX_RETRIES", text)]).unwrap();
         assert_eq!(
-            Config::new(&layers).unwrap().proxy.retry.max_retries,
+            Config::new(&layers, &Account::default())
+                .unwrap()
+                .proxy
+                .retry
+                .max_retries,
             expected,
             "{text}"
         );
@@ -99,7 +103,12 @@ fn other_bad_values_name_their_place() {
         .to_string();
     assert!(error.contains("--idle-timeout"), "{error}");
     let layers = load(&[(&setting::BIND, "everywhere")], None, &[]).unwrap();
-    assert!(Config::new(&layers).unwrap_err().to_string().contains("--bind"));
+    assert!(
+        Config::new(&layers, &Account::default())
+            .unwrap_err()
+            .to_string()
+            .contains("--bind")
+    );
 }
 
 #[test]
@@ -118,7 +127,10 @@ fn the_file_at_the_default_place_is_read_when_it_exists() {
     std::fs::write(folder.join("config.toml"), "port = 8081").unwrap();
     let variable = |name: &str| (name == "XDG_CONFIG_HOME").then(|| home.path().display().to_string());
     let layers = Layers::load(&[], None, variable).unwrap();
-    assert_eq!(Config::new(&layers).unwrap().proxy.port, 8081);
+    assert_eq!(
+        Config::new(&layers, &Account::default()).unwrap().proxy.port,
+        8081
+    );
 }
 
 #[test]
@@ -126,7 +138,10 @@ fn what_is_shown_can_be_read_again() {
     let layers = load(&[(&setting::PORT, "8080"), (&setting::NO_DNS, "T")], None, &[]).unwrap();
     let shown = show(&layers);
     let again = load(&[], Some(&shown), &[]).unwrap();
-    let (first, second) = (Config::new(&layers).unwrap(), Config::new(&again).unwrap());
+    let (first, second) = (
+        Config::new(&layers, &Account::default()).unwrap(),
+        Config::new(&again, &Account::default()).unwrap(),
+    );
     assert_eq!(
         Config {
             pending: vec![],

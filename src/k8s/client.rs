@@ -3,6 +3,7 @@
 //! kube's stock connector leaves Nagle's algorithm on, which delays small writes of a port-forward by a round trip, and cuts
 //! upgraded connections by a write timeout; so the stack is put together here from kube's own layers.
 
+use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -22,6 +23,7 @@ use tower::{BoxError, ServiceBuilder, ServiceExt};
 use crate::k8s::error::{self, Kind};
 use crate::k8s::portforward::Carriers;
 use crate::k8s::token_file::TokenFile;
+use crate::privileges::Account;
 
 /// Dead peers must be noticed well before a user gives up: first probe after this silence, then every [`PROBE`].
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -50,6 +52,8 @@ pub struct Config {
     pub idle_timeout: Duration,
     /// Which forms of port-forward are tried.
     pub carriers: Carriers,
+    /// Whose `~` it is, and for whom credential plugins run.
+    pub account: Account,
 }
 
 /// Why there is no usable connection to a cluster. Each prints as one line that says what to do.
@@ -106,6 +110,7 @@ impl Cluster {
     pub async fn load(config: &Config) -> Result<Self, ConnectionError> {
         let mut kube = load(config).await?;
         let token_file = take_token_file(&mut kube)?;
+        tell_plugin(&mut kube, &config.account);
         let url = kube.cluster_url.to_string();
         let (timeout, shown) = (config.timeout, url.clone());
         // Credential plugins are run by kube while it builds the layers, and block their thread.
@@ -150,10 +155,10 @@ impl Cluster {
 
 async fn load(config: &Config) -> Result<KubeConfig, ConnectionError> {
     let bad = |error: KubeconfigError| ConnectionError::BadConfig(error::one_line(&error.to_string()));
-    let Some(merged) = read(config.kubeconfig.as_deref())? else {
+    let Some(merged) = read(config)? else {
         return KubeConfig::incluster().map_err(|_| {
-            let default =
-                default_path().map_or_else(|| "~/.kube/config".into(), |path| path.display().to_string());
+            let default = default_path(&config.account)
+                .map_or_else(|| "~/.kube/config".into(), |path| path.display().to_string());
             ConnectionError::NoConfig(default)
         });
     };
@@ -182,15 +187,32 @@ fn take_token_file(config: &mut KubeConfig) -> Result<Option<TokenFile>, Connect
         .map_err(|error| ConnectionError::BadConfig(format!("token file {path}: {error}")))
 }
 
+/// Lets a credential plugin find the home folder of the person it runs for, with its caches. What the kubeconfig says goes
+/// last, and so wins.
+fn tell_plugin(config: &mut KubeConfig, account: &Account) {
+    let Some(plugin) = &mut config.auth_info.exec else {
+        return;
+    };
+    let of_account = account.environment.iter().map(|(name, value)| {
+        HashMap::from([
+            ("name".to_owned(), (*name).to_owned()),
+            ("value".to_owned(), value.clone()),
+        ])
+    });
+    let of_kubeconfig = plugin.env.take().unwrap_or_default();
+    plugin.env = Some(of_account.chain(of_kubeconfig).collect());
+}
+
 /// Reads and merges the kubeconfig files, or finds none. Files of the list that do not exist are passed over as kubectl
 /// does; a file that was named by flag must exist.
-fn read(explicit: Option<&Path>) -> Result<Option<Kubeconfig>, ConnectionError> {
+fn read(config: &Config) -> Result<Option<Kubeconfig>, ConnectionError> {
+    let explicit = config.kubeconfig.as_deref();
     let paths = match (explicit, std::env::var_os(KUBECONFIG)) {
         (Some(path), _) => vec![path.to_path_buf()],
         (None, Some(list)) if !list.is_empty() => std::env::split_paths(&list)
             .filter(|path| !path.as_os_str().is_empty())
             .collect(),
-        _ => default_path().into_iter().collect(),
+        _ => default_path(&config.account).into_iter().collect(),
     };
     let mut merged: Option<Kubeconfig> = None;
     for path in paths {
@@ -215,8 +237,8 @@ fn read(explicit: Option<&Path>) -> Result<Option<Kubeconfig>, ConnectionError> 
     Ok(merged)
 }
 
-fn default_path() -> Option<PathBuf> {
-    std::env::home_dir().map(|home| home.join(".kube").join("config"))
+fn default_path(account: &Account) -> Option<PathBuf> {
+    Some(account.home.as_ref()?.join(".kube").join("config"))
 }
 
 /// Puts the client together; the connector depends on the kind of proxy on the way.

@@ -1,9 +1,14 @@
 //! Kubernetes objects to the registry's types: the only place that reads them.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
-use k8s_openapi::api::core::v1::{Pod, Service as KubeService, ServicePort as KubePort};
+use k8s_openapi::api::core::v1::{
+    ObjectReference, Pod, PodStatus, Service as KubeService, ServicePort as KubePort, ServiceSpec,
+};
 use k8s_openapi::api::discovery::v1::{Endpoint as KubeEndpoint, EndpointPort, EndpointSlice};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
@@ -16,6 +21,7 @@ pub(super) type Loads = HashMap<PodRef, Arc<Load>>;
 /// Converts a Service object. Its name is the one it was asked for by.
 pub(super) fn service(name: ServiceName, object: &KubeService) -> Service {
     let spec = object.spec.clone().unwrap_or_default();
+    let affinity = affinity(&spec);
     let kind = match (spec.type_.as_deref(), spec.cluster_ip.as_deref()) {
         (Some("ExternalName"), _) => ServiceKind::ExternalName(spec.external_name.unwrap_or_default()),
         (_, Some("None")) => ServiceKind::Headless,
@@ -24,6 +30,7 @@ pub(super) fn service(name: ServiceName, object: &KubeService) -> Service {
     Service {
         name,
         kind,
+        affinity,
         ports: spec
             .ports
             .unwrap_or_default()
@@ -33,6 +40,17 @@ pub(super) fn service(name: ServiceName, object: &KubeService) -> Service {
         has_selector: spec.selector.is_some_and(|selector| !selector.is_empty()),
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
     }
+}
+
+/// How long a client sticks to an endpoint; the default is that of the API (core/v1 ClientIPConfig: three hours).
+fn affinity(spec: &ServiceSpec) -> Option<Duration> {
+    if spec.session_affinity.as_deref() != Some("ClientIP") {
+        return None;
+    }
+    let config = spec.session_affinity_config.as_ref();
+    let seconds = config.and_then(|config| config.client_ip.as_ref()?.timeout_seconds);
+    let seconds = seconds.and_then(|seconds| u64::try_from(seconds).ok());
+    Some(Duration::from_secs(seconds.unwrap_or(10_800)))
 }
 
 fn service_port(port: &KubePort) -> Option<ServicePort> {
@@ -83,15 +101,42 @@ pub(super) fn endpoints_from_slices(slices: &[EndpointSlice], loads: &mut Loads)
         let ports = slice_ports(slice.ports.as_deref().unwrap_or_default());
         for endpoint in slice.endpoints.iter().flatten() {
             if let Some(endpoint) = slice_endpoint(namespace, endpoint, &ports) {
-                // The EndpointSlice API allows an endpoint in several slices while it moves; the ready one is the newer.
-                let newer = found.get(&endpoint.pod).is_none_or(|known| !known.ready);
-                if newer {
-                    found.insert(endpoint.pod.clone(), endpoint);
+                match found.entry(endpoint.pod.clone()) {
+                    Entry::Vacant(entry) => drop(entry.insert(endpoint)),
+                    Entry::Occupied(mut entry) => merge(entry.get_mut(), endpoint),
                 }
             }
         }
     }
     keep_loads(found, loads)
+}
+
+/// Lists the addresses of endpoints that no pod is behind, as they are written: the API server's own Service has such, and
+/// Services whose EndpointSlices somebody writes by hand.
+pub(super) fn podless(slices: &[EndpointSlice]) -> Vec<Arc<str>> {
+    let endpoints = slices.iter().flat_map(|slice| slice.endpoints.iter().flatten());
+    let podless = endpoints.filter(|endpoint| pod_of(endpoint).is_none());
+    let found: BTreeSet<Arc<str>> = podless
+        .flat_map(|endpoint| endpoint.addresses.iter().map(|address| address.as_str().into()))
+        .collect();
+    found.into_iter().collect()
+}
+
+/// The pod behind an endpoint, if there is one.
+fn pod_of(endpoint: &KubeEndpoint) -> Option<&ObjectReference> {
+    let target = endpoint.target_ref.as_ref()?;
+    Some(target).filter(|target| target.kind.as_deref() == Some("Pod"))
+}
+
+/// Joins what two slices say of one pod. The EndpointSlice API allows an endpoint in several slices while it moves; the ready
+/// one is the newer.
+fn merge(known: &mut Endpoint, mut other: Endpoint) {
+    if !known.ready {
+        std::mem::swap(known, &mut other);
+    }
+    known.addresses.extend(other.addresses);
+    known.addresses.sort_unstable();
+    known.addresses.dedup();
 }
 
 fn slice_ports(ports: &[EndpointPort]) -> BTreeMap<String, u16> {
@@ -112,10 +157,7 @@ fn slice_endpoint(
     endpoint: &KubeEndpoint,
     ports: &BTreeMap<String, u16>,
 ) -> Option<Endpoint> {
-    let target = endpoint
-        .target_ref
-        .as_ref()
-        .filter(|target| target.kind.as_deref() == Some("Pod"))?;
+    let target = pod_of(endpoint)?;
     let conditions = endpoint.conditions.clone().unwrap_or_default();
     Some(Endpoint {
         pod: PodRef {
@@ -123,6 +165,11 @@ fn slice_endpoint(
             name: target.name.as_deref()?.into(),
             uid: target.uid.as_deref().unwrap_or_default().into(),
         },
+        addresses: endpoint
+            .addresses
+            .iter()
+            .filter_map(|address| address.parse().ok())
+            .collect(),
         hostname: endpoint.hostname.as_deref().map(Arc::from),
         // An absent condition means true for `ready` and false for `terminating` (discovery/v1 EndpointConditions).
         ready: conditions.ready.unwrap_or(true),
@@ -167,6 +214,7 @@ fn pod_endpoint(service: &Service, pod: &Pod) -> Option<Endpoint> {
             name: pod.metadata.name.as_deref()?.into(),
             uid: pod.metadata.uid.as_deref().unwrap_or_default().into(),
         },
+        addresses: pod_addresses(status),
         hostname: hostname.map(Arc::from),
         ready: conditions
             .iter()
@@ -179,6 +227,18 @@ fn pod_endpoint(service: &Service, pod: &Pod) -> Option<Endpoint> {
             .collect(),
         load: Arc::default(),
     })
+}
+
+/// Returns a pod's addresses; a cluster with one family of them may leave the list out.
+fn pod_addresses(status: &PodStatus) -> Vec<IpAddr> {
+    let listed = status.pod_ips.iter().flatten().map(|address| &address.ip);
+    let mut addresses: Vec<IpAddr> = listed
+        .chain(&status.pod_ip)
+        .filter_map(|address| address.parse().ok())
+        .collect();
+    addresses.sort_unstable();
+    addresses.dedup();
+    addresses
 }
 
 /// Finds the number of a Service port's target in one pod; a named target may differ from pod to pod.

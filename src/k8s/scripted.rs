@@ -72,6 +72,7 @@ pub(super) fn config() -> Config {
         context: None,
         timeout: Duration::from_secs(5),
         poll_interval: Duration::from_secs(5),
+        account: crate::privileges::Account::default(),
         idle_timeout: Duration::from_secs(60),
         carriers: crate::k8s::Carriers::Auto,
     }

@@ -40,6 +40,8 @@ const PING_TIMEOUT: Duration = Duration::from_secs(30);
 pub(super) struct Downstream {
     /// Its address.
     pub(super) client: SocketAddr,
+    /// Our address on it.
+    pub(super) local: SocketAddr,
     /// Whether it speaks TLS.
     pub(super) security: Security,
 }
@@ -80,11 +82,14 @@ impl Downstream {
 
 /// Serves one client.
 pub(super) async fn serve(context: Arc<Context>, stream: TcpStream, client: SocketAddr) {
+    let Ok(local) = stream.local_addr() else {
+        return debug!(%client, "closed: the connection has ended already");
+    };
     let Some((protocol, stream)) = detect(&context, stream, client).await else {
         return;
     };
     match protocol {
-        Protocol::Tls => serve_tls(context, stream, client).await,
+        Protocol::Tls => serve_tls(context, stream, client, local).await,
         _ => {
             serve_http(
                 context,
@@ -92,6 +97,7 @@ pub(super) async fn serve(context: Arc<Context>, stream: TcpStream, client: Sock
                 stream,
                 Downstream {
                     client,
+                    local,
                     security: Security::Cleartext,
                 },
             )
@@ -121,7 +127,12 @@ async fn detect<S: AsyncRead + Unpin>(
 }
 
 /// Ends TLS and serves what is inside. A client that agreed on no protocol is told apart by its first bytes once more.
-async fn serve_tls(context: Arc<Context>, stream: Prefixed<TcpStream>, client: SocketAddr) {
+async fn serve_tls(
+    context: Arc<Context>,
+    stream: Prefixed<TcpStream>,
+    client: SocketAddr,
+    local: SocketAddr,
+) {
     let accepting = TlsAcceptor::from(context.tls.clone()).accept(stream);
     let stream = match tokio::time::timeout(context.header_timeout, accepting).await {
         Ok(Ok(stream)) => stream,
@@ -140,6 +151,7 @@ async fn serve_tls(context: Arc<Context>, stream: Prefixed<TcpStream>, client: S
     };
     let downstream = Downstream {
         client,
+        local,
         security: Security::Tls { alpn },
     };
     match agreed {

@@ -102,7 +102,7 @@ fn is_local(origin: &str, zone: &ClusterDomain) -> bool {
         Ok(loopback) => loopback,
         // Of the short forms of a Service's name any could be a site of the Internet.
         Err(_) => match naming.parse(&host).map(|authority| authority.host) {
-            Ok(Host::Own) => true,
+            Ok(Host::Own { .. }) => true,
             Ok(Host::Service { .. }) => host
                 .trim_end_matches('.')
                 .strip_suffix(zone.as_str())
@@ -151,6 +151,11 @@ impl Cors {
                 headers: request.headers().get(ACCESS_CONTROL_REQUEST_HEADERS).cloned(),
             }),
         }
+    }
+
+    /// Reports whether the request comes from a page that may not read the response.
+    pub(super) fn is_foreign(&self) -> bool {
+        self.varies && self.origin.is_none()
     }
 
     /// Completes a response that is about to go to the client.

@@ -1,8 +1,9 @@
 //! Why the proxy answers a request itself, and the one table of what that means: status, gRPC status, response flag.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
-use http::StatusCode;
+use http::{Method, StatusCode};
 
 use crate::name::{NameError, ServiceName};
 use crate::registry::{LookupError, LookupErrorKind};
@@ -32,6 +33,19 @@ pub enum Error {
         "kube-tunnel has no page {0:?}; to reach a Service send its name as the host, e.g. curl -H 'Host: web.default.svc.{1}' …"
     )]
     NoSuchPage(String, String),
+    /// The page is there to be read, not to be written.
+    #[error("kube-tunnel's own pages answer GET and HEAD, not {0}")]
+    NotReadOnly(Method),
+    /// The host is an address of neither this machine's loopback nor this connection.
+    #[error(
+        "kube-tunnel's own pages do not answer for {0}; ask localhost, or the address that it listens on"
+    )]
+    ForeignHost(IpAddr),
+    /// A web page of another site asks for a page of the proxy's own.
+    #[error(
+        "kube-tunnel's own pages are not for pages of other sites; --cors-allow-origin names the sites that may read them"
+    )]
+    ForeignOrigin,
     /// The Service could not be looked up.
     #[error("{}", lookup_text(.0, .1))]
     Lookup(ServiceName, LookupError),
@@ -48,6 +62,18 @@ pub enum Error {
     /// The Service stands for a name outside the cluster.
     #[error("service {0} is an ExternalName for {1}, outside the cluster; ask for {1} itself")]
     ExternalName(ServiceName, String),
+    /// The Service sends to addresses that are no pods, which a port-forward cannot reach.
+    #[error(
+        "service {service} sends to addresses without a pod ({addresses}), and a port-forward reaches pods alone; ask for them directly, \
+         or if they are pods, give their endpoints a targetRef: kubectl get endpointslices -n {} -l kubernetes.io/service-name={} -o yaml",
+        .service.namespace(), .service.name()
+    )]
+    NoPod {
+        /// The Service.
+        service: ServiceName,
+        /// The addresses, in words.
+        addresses: String,
+    },
     /// No pod of the Service may get traffic.
     #[error("no ready pod for service {service}: {detail}; check with kubectl get pods,endpointslices -n {}", .service.namespace())]
     NoEndpoint {
@@ -108,6 +134,8 @@ impl Error {
             Self::BadHost(_) | Self::BadRequest(_) => (400, grpc::INVALID_ARGUMENT, "NR"),
             Self::UnknownHost { .. } => (400, grpc::INVALID_ARGUMENT, "NR"),
             Self::NoSuchPage(..) => (404, grpc::UNIMPLEMENTED, "NR"),
+            Self::NotReadOnly(_) => (405, grpc::UNIMPLEMENTED, "NR"),
+            Self::ForeignHost(_) | Self::ForeignOrigin => (403, grpc::PERMISSION_DENIED, "NR"),
             Self::Lookup(_, error) => match error.kind {
                 LookupErrorKind::NotFound => (404, grpc::NOT_FOUND, "NC"),
                 LookupErrorKind::Forbidden => (403, grpc::PERMISSION_DENIED, "UAEX"),
@@ -117,6 +145,7 @@ impl Error {
             },
             Self::NoSuchPort { .. } => (404, grpc::NOT_FOUND, "NC"),
             Self::ExternalName(..) => (502, grpc::UNAVAILABLE, "NC"),
+            Self::NoPod { .. } => (502, grpc::UNAVAILABLE, "NC"),
             Self::NoEndpoint { .. } => (503, grpc::UNAVAILABLE, "UH"),
             Self::Connect(_, error) => match error {
                 ConnectError::Forbidden(_) => (403, grpc::PERMISSION_DENIED, "UAEX"),

@@ -32,7 +32,13 @@ pub(super) async fn answer(
 ) -> Result<Response<ResponseBody>, Infallible> {
     let path = request.uri().path().to_owned();
     let (client, protocol) = (downstream.client, downstream.protocol(request.version()));
-    let mut record = AccessRecord::new(client, protocol, request.method().clone(), path);
+    let mut record = AccessRecord::new(
+        context.requests.next(),
+        client,
+        protocol,
+        request.method().clone(),
+        path,
+    );
     let version = request.version();
     let form = Form::of(request.headers());
     let cors = Cors::of(&request, &context.cors, &context.naming.zone);
@@ -41,7 +47,15 @@ pub(super) async fn answer(
     let answered = match authority {
         Ok(authority) => {
             record.authority = authority;
-            dispatch(&context, &downstream, request, upgrade.as_ref(), &mut record).await
+            dispatch(
+                &context,
+                &downstream,
+                request,
+                &cors,
+                upgrade.as_ref(),
+                &mut record,
+            )
+            .await
         }
         Err(error) => Err(error),
     };
@@ -52,7 +66,14 @@ pub(super) async fn answer(
             upgrade.agree(answer.response, in_flight, record, &context.clients)
         }
         (Ok(Answered::Pod(answer, in_flight)), _) => pass_on(answer, in_flight, record),
-        (Ok(Answered::Health), _) => own::health(&downstream, version, form == Form::Grpc, record),
+        (Ok(Answered::Page(page)), _) => {
+            let asked = own::Asked {
+                downstream: &downstream,
+                version,
+                grpc: form == Form::Grpc,
+            };
+            own::show(page, &context, &asked, record)
+        }
         (Err(error), _) => reply::fail(form, &error, record),
     };
     Ok(cors.complete(response))
@@ -61,7 +82,7 @@ pub(super) async fn answer(
 /// Who has the answer.
 enum Answered {
     Pod(Answer, InFlight),
-    Health,
+    Page(own::Page),
 }
 
 /// Decides by the host who answers, and gets the answer.
@@ -69,6 +90,7 @@ async fn dispatch(
     context: &Context,
     downstream: &Downstream,
     request: Request<Incoming>,
+    cors: &Cors,
     upgrade: Option<&Upgrade>,
     record: &mut AccessRecord,
 ) -> Result<Answered, Error> {
@@ -86,8 +108,10 @@ async fn dispatch(
             let (answer, in_flight) = exchange(context, &destination, request, upgrade, record).await?;
             Ok(Answered::Pod(answer, in_flight))
         }
-        Host::Own if record.path == "/health" => Ok(Answered::Health),
-        Host::Own => Err(Error::NoSuchPage(record.path.clone(), zone())),
+        Host::Own { literal } => {
+            own::admit(literal, downstream.local.ip(), cors)?;
+            own::find(request.method(), &record.path, zone).map(Answered::Page)
+        }
         Host::Unknown => Err(Error::UnknownHost {
             host: record.authority.clone(),
             zone: zone(),

@@ -1,8 +1,8 @@
 //! The proxy's own words to a client: JSON or text by what it accepts, gRPC status for gRPC calls.
 
 use bytes::Bytes;
-use http::header::{ACCEPT, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
-use http::{HeaderMap, Response, StatusCode};
+use http::header::{ACCEPT, ALLOW, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use http::{HeaderMap, Method, Response, StatusCode};
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use serde_json::json;
 
@@ -94,16 +94,23 @@ fn own_headers(kind: &'static str, status: StatusCode) -> HeaderMap {
     if status == StatusCode::SERVICE_UNAVAILABLE {
         headers.insert(RETRY_AFTER, HeaderValue::from(error::RETRY_AFTER.as_secs()));
     }
+    if status == StatusCode::METHOD_NOT_ALLOWED {
+        headers.insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+    }
     headers
 }
 
 /// Sends an answer of our own.
 pub(super) fn respond(
     status: StatusCode,
-    headers: HeaderMap,
-    body: Bytes,
+    mut headers: HeaderMap,
+    mut body: Bytes,
     mut record: AccessRecord,
 ) -> Response<ResponseBody> {
+    if record.method == Method::HEAD {
+        headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
+        body.clear();
+    }
     record.status = Some(status);
     record.first_byte = Some(tokio::time::Instant::now());
     record.sent.add(body.len());

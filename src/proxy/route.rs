@@ -1,6 +1,7 @@
 //! Which endpoints a request may go to: a pure function of the Service, the port that was asked for and the client's protocol.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::proxy::error::Error;
 use crate::registry::{Endpoint, Protocol, ServiceKind, ServicePort, View};
@@ -18,6 +19,8 @@ pub(crate) struct Route {
     pub(crate) candidates: Vec<(Arc<Endpoint>, u16)>,
     /// What the port says about its protocol.
     pub(crate) hint: Hint,
+    /// For how long a client stays with an endpoint after its last request, if it does.
+    pub(crate) affinity: Option<Duration>,
 }
 
 /// What a Service port declares about the protocol behind it.
@@ -32,7 +35,7 @@ pub(crate) struct Hint {
 /// Finds the candidates of a request to `port` of the Service, or to the endpoint named `hostname`.
 ///
 /// # Errors
-/// [`Error::NoSuchPort`], [`Error::NoEndpoint`] or [`Error::ExternalName`].
+/// [`Error::NoSuchPort`], [`Error::NoEndpoint`], [`Error::NoPod`] or [`Error::ExternalName`].
 pub(crate) fn route(view: &View, port: u16, hostname: Option<&str>) -> Result<Route, Error> {
     let service = &view.service;
     if let ServiceKind::ExternalName(name) = &service.kind {
@@ -50,14 +53,23 @@ pub(crate) fn route(view: &View, port: u16, hostname: Option<&str>) -> Result<Ro
         .filter(|endpoint| view.serves(endpoint) && named(endpoint))
         .filter_map(|endpoint| Some((endpoint.clone(), number(endpoint)?)))
         .collect();
+    if view.endpoints.is_empty() && !view.podless.is_empty() {
+        return Err(Error::NoPod {
+            service: service.name.clone(),
+            addresses: some(&view.podless),
+        });
+    }
     if candidates.is_empty() {
         return Err(Error::NoEndpoint {
             service: service.name.clone(),
             detail: missing(view, hostname),
         });
     }
+    // As in the cluster: whoever asks for a pod by name has chosen, and a headless Service has nobody to choose for them.
+    let sticks = service.kind == ServiceKind::Virtual && hostname.is_none();
     Ok(Route {
         candidates,
+        affinity: service.affinity.filter(|_| sticks),
         hint: port.map_or_else(Hint::default, hint),
     })
 }
@@ -96,6 +108,14 @@ fn list(ports: &[ServicePort]) -> String {
         }
     });
     words.collect::<Vec<_>>().join(", ")
+}
+
+/// Words a list that may be long.
+fn some(list: &[Arc<str>]) -> String {
+    const SHOWN: usize = 3;
+    let shown = list.iter().take(SHOWN).map(|item| &**item).collect::<Vec<_>>();
+    let more = if list.len() > SHOWN { ", …" } else { "" };
+    format!("{}{more}", shown.join(", "))
 }
 
 /// Reads `appProtocol` (KEP-3726 and the values that meshes use) and else the port's name, by the usual prefixes. Port 443
@@ -171,6 +191,7 @@ mod tests {
                 name: name.into(),
                 uid: name.into(),
             },
+            addresses: Vec::new(),
             hostname: Some(name.into()),
             ready: true,
             terminating: false,
@@ -189,10 +210,12 @@ mod tests {
             ports,
             has_selector: true,
             publish_not_ready: false,
+            affinity: None,
         };
         View {
             service,
             endpoints,
+            podless: vec![],
             served: false,
         }
     }
@@ -284,6 +307,21 @@ mod tests {
                 .to_string()
                 .contains("example.org")
         );
+    }
+
+    #[test]
+    fn addresses_without_a_pod_are_refused_and_pods_beside_them_are_used() {
+        let mut view = view(vec![], vec![]);
+        view.podless = ["192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.4"]
+            .map(Arc::from)
+            .into();
+        let error = route(&view, 80, None).unwrap_err();
+        assert!(
+            error.to_string().contains("(192.0.2.1, 192.0.2.2, 192.0.2.3, …)"),
+            "{error}"
+        );
+        view.endpoints.push(endpoint("a", &[]));
+        assert_eq!(chosen(&route(&view, 80, None).unwrap()), [("a", 8080)]);
     }
 
     #[test]

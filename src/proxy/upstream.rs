@@ -28,6 +28,7 @@ use crate::proxy::error::Error;
 use crate::proxy::replay::RequestBody;
 use crate::proxy::upstream::cause::Cause;
 use crate::tls::{self, Trust};
+use crate::traffic::milliseconds;
 use crate::transport::{BoxStream, Connect, ConnectError, Target, io_cause};
 
 pub(crate) use lease::Lease;
@@ -103,6 +104,8 @@ pub(crate) struct Answer {
     pub(crate) lease: Lease,
     /// Whether the connection was there before the request.
     pub(crate) reused: bool,
+    /// How long the request waited for it.
+    pub(crate) waited: Duration,
 }
 
 /// A request that got no response.
@@ -115,6 +118,19 @@ pub(crate) struct Failure {
     /// Whether it went to a connection that had been used before: that one may have died meanwhile, which says nothing about
     /// the endpoint.
     pub(crate) reused: bool,
+    /// How long the request waited for a connection.
+    pub(crate) waited: Duration,
+}
+
+/// What is open to one port of one pod.
+#[derive(Debug)]
+pub(crate) struct Open {
+    /// The port.
+    pub(crate) target: Target,
+    /// Connections, idle ones too, of any protocol. Those that were upgraded from HTTP are no longer among them.
+    pub(crate) connections: usize,
+    /// What the port is known to speak.
+    pub(crate) spoken: Option<Wire>,
 }
 
 /// Whether a request may go over a connection that was idle.
@@ -166,8 +182,20 @@ impl PodTls {
 }
 
 impl Shared {
-    /// Opens a stream to a peer, through TLS where that is spoken.
+    /// Opens a stream to a peer, and tells the log how long that took.
     async fn open(&self, peer: &Peer) -> Result<BoxStream, ConnectError> {
+        let begun = Instant::now();
+        let opened = self.open_unseen(peer).await;
+        let (target, protocol, ms) = (&peer.target, peer.wire.as_str(), milliseconds(begun.elapsed()));
+        match &opened {
+            Ok(_) => debug!(endpoint = %target, protocol, ms, "stream to the pod opened"),
+            Err(error) => debug!(endpoint = %target, protocol, ms, %error, "no stream to the pod"),
+        }
+        opened
+    }
+
+    /// Goes through TLS where that is spoken.
+    async fn open_unseen(&self, peer: &Peer) -> Result<BoxStream, ConnectError> {
         let stream = self.connect.connect(&peer.target).await?;
         let tls = match peer.wire {
             Wire::Http1 | Wire::H2c => return Ok(stream),
@@ -175,7 +203,7 @@ impl Shared {
             Wire::H2 => &self.tls.http2,
         };
         if self.tls.warn.swap(false, Ordering::Relaxed) {
-            warn!(target = %peer.target, "certificates of pods are not checked; --backend-tls names authorities that count");
+            warn!(endpoint = %peer.target, "certificates of pods are not checked; --backend-tls names authorities that count");
         }
         let failed = |reason: String| ConnectError::Unavailable(format!("no TLS with the pod ({reason})"));
         let name = ServerName::try_from(peer.server_name.as_deref().unwrap_or_default().to_owned())
@@ -246,17 +274,20 @@ impl Upstream {
         fresh: Fresh,
         request: Request<RequestBody>,
     ) -> Result<Answer, Failure> {
+        let begun = Instant::now();
         let unopened = |error: ConnectError| {
             let error = Error::Connect(peer.target.clone(), error);
             Failure {
                 error,
                 untouched: true,
                 reused: false,
+                waited: begun.elapsed(),
             }
         };
         match self.pool(peer) {
             Pool::Http1(pool) => {
                 let (mut connection, reused) = pool.checkout(&self.shared, fresh).await.map_err(unopened)?;
+                let waited = begun.elapsed();
                 match connection.sender.try_send_request(request).await {
                     Ok(response) => {
                         let lease = Lease::http1(pool, connection, self.shared.drain.clone());
@@ -264,20 +295,23 @@ impl Upstream {
                             response,
                             lease,
                             reused,
+                            waited,
                         })
                     }
-                    Err(error) => Err(failure(peer, error, &connection.cause, reused)),
+                    Err(error) => Err(failure(peer, error, &connection.cause, reused, waited)),
                 }
             }
             Pool::Http2(pool) => {
                 let (mut stream, reused) = pool.checkout(&self.shared, fresh).await.map_err(unopened)?;
+                let waited = begun.elapsed();
                 match stream.sender.try_send_request(request).await {
                     Ok(response) => Ok(Answer {
                         response,
                         lease: Lease::http2(stream.slot),
                         reused,
+                        waited,
                     }),
-                    Err(error) => Err(failure(peer, error, &stream.cause, reused)),
+                    Err(error) => Err(failure(peer, error, &stream.cause, reused, waited)),
                 }
             }
         }
@@ -286,6 +320,26 @@ impl Upstream {
     /// Returns which protocol a port is known to speak.
     pub(crate) fn spoken(&self, target: &Target) -> Option<Wire> {
         lock(&self.spoken).get(target).copied()
+    }
+
+    /// Lists what is open, or was until a moment ago.
+    pub(crate) fn open(&self) -> Vec<Open> {
+        let mut open: Vec<Open> = Vec::new();
+        for (peer, pool) in lock(&self.pools).iter() {
+            let connections = match pool {
+                Pool::Http1(pool) => pool.open(),
+                Pool::Http2(pool) => pool.open(),
+            };
+            match open.iter_mut().find(|open| open.target == peer.target) {
+                Some(open) => open.connections += connections,
+                None => open.push(Open {
+                    target: peer.target.clone(),
+                    connections,
+                    spoken: self.spoken(&peer.target),
+                }),
+            }
+        }
+        open
     }
 
     /// Remembers which protocol a port speaks.
@@ -325,7 +379,7 @@ impl Upstream {
                     Pool::Http2(pool) => pool.expire(limit),
                 };
                 if !keep {
-                    debug!(target = %peer.target, protocol = peer.wire.as_str(), "idle connections closed");
+                    debug!(endpoint = %peer.target, protocol = peer.wire.as_str(), "idle connections closed");
                 }
                 keep
             });
@@ -341,6 +395,7 @@ fn failure(
     mut error: TrySendError<Request<RequestBody>>,
     cause: &Cause,
     reused: bool,
+    waited: Duration,
 ) -> Failure {
     let untouched = error.take_message().is_some();
     let error = classify(peer.target.clone(), peer.wire, &error.into_error(), cause, reused);
@@ -348,6 +403,7 @@ fn failure(
         error,
         untouched,
         reused,
+        waited,
     }
 }
 

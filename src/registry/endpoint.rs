@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -27,6 +28,8 @@ impl fmt::Display for PodRef {
 pub struct Endpoint {
     /// The pod behind it; a port-forward needs one.
     pub pod: PodRef,
+    /// The pod's addresses in the cluster, in order.
+    pub addresses: Vec<IpAddr>,
     /// The pod's DNS host name within a headless Service.
     pub hostname: Option<Arc<str>>,
     /// Whether it may get traffic, as its readiness probe says.

@@ -60,6 +60,17 @@ struct Entry {
     used: AtomicU64,
 }
 
+/// What is known of one Service, for whoever wants to see it all.
+#[derive(Debug, Clone)]
+pub struct Known {
+    /// The Service.
+    pub service: ServiceName,
+    /// The last answer; nothing before the first.
+    pub answer: Option<Result<Arc<View>, LookupError>>,
+    /// For how long nobody asked for it.
+    pub idle: Duration,
+}
+
 type Entries = BTreeMap<ServiceName, Entry>;
 
 /// Reads the index and registers interests. Clones share one index.
@@ -114,7 +125,7 @@ impl Registry {
     /// The [`LookupError`] of the lookup, or one of kind `Timeout` when the first answer does not come in time; it then
     /// carries the reason of the last try.
     pub async fn resolve(&self, service: &ServiceName) -> Result<Arc<View>, LookupError> {
-        if let Some(answer) = self.known(service) {
+        if let Some(answer) = self.answer(service) {
             return answer;
         }
         match tokio::time::timeout(self.patience, self.first_answer(service)).await {
@@ -145,8 +156,20 @@ impl Registry {
         }
     }
 
+    /// Lists what is known, without counting that as a use.
+    #[must_use]
+    pub fn known(&self) -> Vec<Known> {
+        let entries = self.entries.borrow();
+        let known = entries.iter().map(|(service, entry)| Known {
+            service: service.clone(),
+            answer: entry.answer.clone(),
+            idle: since(self.epoch, entry.used.load(Ordering::Relaxed)),
+        });
+        known.collect()
+    }
+
     /// Returns the answer that is there already, and notes that it was used.
-    fn known(&self, service: &ServiceName) -> Option<Result<Arc<View>, LookupError>> {
+    fn answer(&self, service: &ServiceName) -> Option<Result<Arc<View>, LookupError>> {
         let entries = self.entries.borrow();
         let entry = entries.get(service)?;
         entry.used.store(elapsed(self.epoch), Ordering::Relaxed);
@@ -166,7 +189,7 @@ impl Registry {
                     message: "kube-tunnel is shutting down".into(),
                 });
             }
-            if let Some(answer) = self.known(service) {
+            if let Some(answer) = self.answer(service) {
                 return answer;
             }
         }
@@ -254,8 +277,13 @@ impl Writer {
         let used = entries
             .get(service)
             .map_or(0, |entry| entry.used.load(Ordering::Relaxed));
-        Duration::from_millis(elapsed(self.epoch).saturating_sub(used))
+        since(self.epoch, used)
     }
+}
+
+/// For how long nothing happened since `used`, in milliseconds since `epoch`.
+fn since(epoch: Instant, used: u64) -> Duration {
+    Duration::from_millis(elapsed(epoch).saturating_sub(used))
 }
 
 fn elapsed(epoch: Instant) -> u64 {
@@ -282,10 +310,12 @@ mod tests {
             ports: vec![],
             has_selector: true,
             publish_not_ready: false,
+            affinity: None,
         };
         View {
             service,
             endpoints: vec![],
+            podless: vec![],
             served: false,
         }
     }

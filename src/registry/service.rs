@@ -1,6 +1,7 @@
 //! A Service as the proxy needs it, and the [`View`] that joins it with its endpoints.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::name::{PortRef, ServiceName};
 use crate::registry::Endpoint;
@@ -55,6 +56,9 @@ pub struct Service {
     pub has_selector: bool,
     /// Whether endpoints count before they are ready (`publishNotReadyAddresses`).
     pub publish_not_ready: bool,
+    /// For how long after its last request a client's next one goes to the same endpoint (`sessionAffinity: ClientIP`);
+    /// nothing when requests are spread one by one.
+    pub affinity: Option<Duration>,
 }
 
 /// A Service and its endpoints at one moment.
@@ -64,6 +68,8 @@ pub struct View {
     pub service: Service,
     /// All its endpoints, ready or not, ordered by pod so that equal states are equal.
     pub endpoints: Vec<Arc<Endpoint>>,
+    /// Addresses, or names, that the Service sends to as well and that no pod is behind, in order.
+    pub podless: Vec<Arc<str>>,
     /// Whether there has been an endpoint that serves since the Service is followed; kept by the registry.
     pub served: bool,
 }

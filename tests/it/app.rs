@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use kube_tunnel::app::App;
 use kube_tunnel::config::{Config, Layers, Setting, setting};
+use kube_tunnel::privileges::{Account, Privileges};
 use kube_tunnel::testing::backend::{Protocols, Serve};
 use kube_tunnel::testing::{FakeCluster, Identity, Workload};
 use tokio::sync::oneshot;
@@ -44,7 +45,9 @@ impl TestApp {
             .copied()
             .chain([(&setting::STATE_DIR, state.as_str())])
             .collect();
-        let app = App::bind(&config(file.to_str().unwrap(), &flags)).await.unwrap();
+        let app = App::bind(&config(file.to_str().unwrap(), &flags), Privileges::own())
+            .await
+            .unwrap();
         let address = app.addresses()[0];
         let (stop, stopped) = oneshot::channel();
         let running = tokio::spawn(async move { app.run(async move { drop(stopped.await) }).await.unwrap() });
@@ -89,7 +92,7 @@ pub(crate) fn config(kubeconfig: &str, flags: &[(&'static Setting, &str)]) -> Co
         .chain(flags)
         .map(|(setting, text)| (*setting, (*text).to_owned()))
         .collect();
-    Config::new(&Layers::load(&all, None, |_| None).unwrap()).unwrap()
+    Config::new(&Layers::load(&all, None, |_| None).unwrap(), &Account::own()).unwrap()
 }
 
 /// Waits until `condition` holds.

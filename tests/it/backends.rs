@@ -262,6 +262,34 @@ async fn a_post_with_a_body_moves_on_from_a_pod_that_refuses() {
 }
 
 #[tokio::test]
+async fn a_client_of_a_service_with_session_affinity_stays_with_one_pod_while_it_is_there() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let any = Serve::Http(Protocols::Any);
+    let _workload = cluster
+        .workload("shop", "web")
+        .port("http", 80, 8080)
+        .serve(any)
+        .replicas(3)
+        .spec("sessionAffinity", "ClientIP")
+        .create()
+        .unwrap();
+    let app = TestApp::start(&cluster).await;
+    let pods = async || {
+        let mut pods = std::collections::BTreeSet::new();
+        for _ in 0..6 {
+            pods.insert(fetch(app.address, WEB, "/").await.pod());
+        }
+        pods
+    };
+    let first = pods().await;
+    assert_eq!(first.len(), 1, "{first:?}");
+    assert!(cluster.delete_pod("shop", first.first().unwrap()));
+    let second = pods().await;
+    assert_eq!(second.len(), 1, "{second:?}");
+    assert_ne!(first, second);
+}
+
+#[tokio::test]
 async fn a_get_may_have_a_body_of_unknown_length() {
     let cluster = FakeCluster::start().await.unwrap();
     let any = Serve::Http(Protocols::Any);

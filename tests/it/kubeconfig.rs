@@ -30,7 +30,7 @@ async fn cluster() -> (FakeCluster, Workload) {
 }
 
 /// Replaces the token of a kubeconfig by other credentials.
-fn with_user(kubeconfig: &str, user: &str) -> String {
+pub(crate) fn with_user(kubeconfig: &str, user: &str) -> String {
     let lines = kubeconfig.lines().map(|line| match line.find("token:") {
         Some(indent) => {
             let pad = " ".repeat(indent);

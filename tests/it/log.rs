@@ -1,40 +1,37 @@
 //! What the log says (contract H1, H2).
 
+use std::net::SocketAddr;
 use std::process::Stdio;
 
 use kube_tunnel::testing::FakeCluster;
-use kube_tunnel::testing::backend::{Protocols, Serve};
 use serde_json::Value;
 
+use crate::app::web;
 use crate::client::fetch;
 use crate::program::{Lines, Running, kubeconfig, path, program};
 
-/// Serves one good and one failing request and returns the lines of the log.
-async fn lines(format: &str) -> Vec<String> {
-    let cluster = FakeCluster::start().await.unwrap();
-    let any = Serve::Http(Protocols::Any);
-    let _workload = cluster
-        .workload("shop", "web")
-        .port("http", 80, 8080)
-        .serve(any)
-        .create()
-        .unwrap();
+/// Starts the program on a free port of 127.0.0.1.
+pub(crate) async fn start(cluster: &FakeCluster, flags: &[&str]) -> (Running, Lines, SocketAddr) {
     let file = kubeconfig(&cluster.kubeconfig());
-    let format = format!("--log-format={format}");
-    let mut command = program(&[
-        "-port=0",
-        "--bind=127.0.0.1",
-        &format,
-        "--kubeconfig",
-        path(&file),
-    ]);
-    let mut running = Running(command.stderr(Stdio::piped()).spawn().unwrap());
+    let mut command = program(&["-port=0", "--bind=127.0.0.1", "--kubeconfig", path(&file)]);
+    let mut running = Running(command.args(flags).stderr(Stdio::piped()).spawn().unwrap());
     let log = Lines::new(running.0.stderr.take().unwrap())
         .until("listening")
         .await;
     let address = log.seen.last().unwrap().split("127.0.0.1:").nth(1).unwrap();
     let port: String = address.chars().take_while(char::is_ascii_digit).collect();
-    let address = std::net::SocketAddr::from(([127, 0, 0, 1], port.parse().unwrap()));
+    (
+        running,
+        log,
+        SocketAddr::from(([127, 0, 0, 1], port.parse().unwrap())),
+    )
+}
+
+/// Serves one good and one failing request and returns the lines of the log.
+async fn lines(format: &str) -> Vec<String> {
+    let cluster = FakeCluster::start().await.unwrap();
+    let _workload = web(&cluster, 1);
+    let (running, log, address) = start(&cluster, &[&format!("--log-format={format}")]).await;
     fetch(address, "web.shop.svc.cluster.local", "/page?secret=1").await;
     fetch(address, "nosuch.shop", "/").await;
     let log = log.until("nosuch").await;

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use http::StatusCode;
 use kube_tunnel::config::setting;
 use kube_tunnel::testing::{FakeCluster, ForwardFault, Identity, Rule};
+use serde_json::{Value, json};
 
 use crate::app::{TestApp, eventually, web};
 use crate::client::fetch;
@@ -323,4 +324,73 @@ async fn the_wait_for_a_ready_pod_is_bounded() {
         fetch(app.address, WEB, "/").await.status,
         StatusCode::SERVICE_UNAVAILABLE
     );
+}
+
+#[tokio::test]
+async fn a_service_without_a_selector_reaches_the_pods_that_its_slices_name_and_no_other_address() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = web(&cluster, 1);
+    let service = |name: &str| {
+        json!({
+            "kind": "Service", "metadata": {"name": name, "namespace": "shop"},
+            "spec": {"clusterIP": "10.96.7.7", "ports": [{"name": "http", "port": 80}]},
+        })
+    };
+    let slice = |service: &str, endpoint: Value| {
+        json!({
+            "kind": "EndpointSlice",
+            "metadata": {
+                "name": format!("{service}-by-hand"), "namespace": "shop",
+                "labels": {"kubernetes.io/service-name": service},
+            },
+            "addressType": "IPv4",
+            "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
+            "endpoints": [endpoint],
+        })
+    };
+    let pod = json!({"kind": "Pod", "namespace": "shop", "name": workload.pods[0].name});
+    let rows = [
+        (
+            "by-hand",
+            Some(json!({"addresses": ["10.0.0.9"], "targetRef": pod})),
+        ),
+        ("outside", Some(json!({"addresses": ["192.0.2.1"]}))),
+        (
+            "a-node",
+            Some(json!({"addresses": ["192.0.2.2"], "targetRef": {"kind": "Node", "name": "n"}})),
+        ),
+        ("nothing", None),
+    ];
+    for (name, endpoint) in rows {
+        cluster.apply(service(name)).unwrap();
+        if let Some(endpoint) = endpoint {
+            cluster.apply(slice(name, endpoint)).unwrap();
+        }
+    }
+    let app = TestApp::start(&cluster).await;
+    assert_eq!(
+        fetch(app.address, "by-hand.shop", "/").await.pod(),
+        workload.pods[0].name
+    );
+    for (name, status, words) in [
+        (
+            "outside",
+            StatusCode::BAD_GATEWAY,
+            "addresses without a pod (192.0.2.1)",
+        ),
+        (
+            "a-node",
+            StatusCode::BAD_GATEWAY,
+            "addresses without a pod (192.0.2.2)",
+        ),
+        (
+            "nothing",
+            StatusCode::SERVICE_UNAVAILABLE,
+            "no selector, and no pods",
+        ),
+    ] {
+        let reply = fetch(app.address, &format!("{name}.shop"), "/").await;
+        assert_eq!(reply.status, status, "{name}: {}", reply.text());
+        assert!(reply.text().contains(words), "{name}: {}", reply.text());
+    }
 }

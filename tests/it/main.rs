@@ -12,12 +12,16 @@ mod app;
 mod backends;
 mod client;
 mod command;
+mod debug_log;
 mod errors;
 mod http;
 mod kubeconfig;
 mod lifecycle;
 mod log;
 mod lookup;
+mod own;
 mod program;
+#[cfg(target_os = "linux")]
+mod sudo;
 mod tls;
 mod upgrade;

@@ -25,8 +25,16 @@ pub(crate) fn program(arguments: &[&str]) -> Command {
 }
 
 pub(crate) async fn run(arguments: &[&str]) -> Done {
-    let mut command = program(arguments);
-    let running = tokio::task::spawn_blocking(move || command.output().unwrap());
+    run_command(&mut program(arguments)).await
+}
+
+pub(crate) async fn run_command(command: &mut Command) -> Done {
+    let child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let running = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap());
     let output = tokio::time::timeout(PATIENCE, running)
         .await
         .expect("the program did not end")

@@ -113,6 +113,25 @@ async fn health_tells_the_protocol_and_localhost_verifies_too() {
         let health = Client::Http1(sender).get(name, "/health").await.json();
         assert_eq!(health["protocol"], "HTTP/1.1 (TLS) ALPN:http/1.1");
     }
+    let stream = connect(&app, "localhost", &["h2"], rustls::DEFAULT_VERSIONS)
+        .await
+        .unwrap();
+    let (mut sender, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+            .await
+            .unwrap();
+    tokio::spawn(connection);
+    let request = Request::get("https://localhost/health").body(Full::<bytes::Bytes>::default());
+    let answer = sender.send_request(request.unwrap()).await.unwrap();
+    assert_eq!(
+        Reply::read(answer).await.json(),
+        serde_json::json!({
+            "status": "healthy",
+            "protocol": "HTTP/2.0 (TLS) ALPN:h2",
+            "version": env!("CARGO_PKG_VERSION"),
+            "features": ["http/1.1", "h2c", "h2", "grpc"],
+        })
+    );
 }
 
 #[tokio::test]

@@ -81,11 +81,12 @@ fn a_target_port_is_a_name_a_number_or_the_ports_own() {
 
 #[test]
 fn a_pod_in_slices_of_both_families_is_one_endpoint() {
-    let slices = [
+    let mut slices = [
         slice("IPv4", &[("web-1", true)]),
         slice("IPv6", &[("web-1", true)]),
         slice("FQDN", &[("x", true)]),
     ];
+    slices[1].endpoints.as_mut().unwrap()[0].addresses = vec!["fd00::1".into()];
     let endpoints = endpoints_from_slices(&slices, &mut Loads::new());
     assert_eq!(endpoints.len(), 1);
     assert_eq!(
@@ -93,6 +94,19 @@ fn a_pod_in_slices_of_both_families_is_one_endpoint() {
         BTreeMap::from([("http".to_owned(), 8080)]),
         "UDP ports cannot be forwarded"
     );
+    let addresses = ["10.0.0.1", "fd00::1"].map(|address| address.parse::<IpAddr>().unwrap());
+    assert_eq!(endpoints[0].addresses, addresses);
+}
+
+#[test]
+fn session_affinity_lasts_as_long_as_the_service_says() {
+    let affinity = |spec: Value| service(web(), &object(&spec)).affinity.map(|time| time.as_secs());
+    assert_eq!(affinity(json!({})), None);
+    assert_eq!(affinity(json!({"sessionAffinity": "None"})), None);
+    assert_eq!(affinity(json!({"sessionAffinity": "ClientIP"})), Some(10_800));
+    let config = json!({"clientIP": {"timeoutSeconds": 60}});
+    let short = json!({"sessionAffinity": "ClientIP", "sessionAffinityConfig": config});
+    assert_eq!(affinity(short), Some(60));
 }
 
 #[test]

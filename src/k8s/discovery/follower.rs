@@ -227,9 +227,14 @@ impl Follower {
             }
             (None, _) => return,
         };
+        let podless = match &self.listed {
+            Some(Listed::Slices(slices)) => convert::podless(slices),
+            _ => Vec::new(),
+        };
         self.tell(Ok(View {
             service,
             endpoints,
+            podless,
             served: false,
         }));
     }

@@ -1,6 +1,7 @@
 //! One request and its answer: looks the Service up, picks an endpoint, sends, and tries another one where that is safe.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::request::Parts;
 use http::{Method, Request};
@@ -19,8 +20,8 @@ use crate::proxy::reply;
 use crate::proxy::retry::{Attempt, Attempts, Verdict};
 use crate::proxy::route::{Hint, Route, route};
 use crate::proxy::upstream::{Answer, Failure, Fresh, Peer, Wire};
-use crate::registry::{self, InFlight, PodRef};
-use crate::traffic::AccessRecord;
+use crate::registry::{InFlight, PodRef, Session};
+use crate::traffic::{AccessRecord, milliseconds};
 use crate::transport::{ConnectError, Target};
 
 /// Where a request is to go, as its host says.
@@ -57,7 +58,16 @@ pub(super) async fn exchange(
     let mut failed: Vec<PodRef> = Vec::new();
     let (mut pauses, mut fresh, mut switched) = (0, Fresh::No, None);
     loop {
-        let Route { mut candidates, hint } = locate(context, destination).await?;
+        let Route {
+            mut candidates,
+            hint,
+            affinity,
+        } = locate(context, destination, record.request).await?;
+        let session = affinity.map(|timeout| Session {
+            service: destination.service.clone(),
+            client: record.client.ip(),
+            timeout,
+        });
         if candidates
             .iter()
             .all(|(endpoint, _)| failed.contains(&endpoint.pod))
@@ -68,7 +78,9 @@ pub(super) async fn exchange(
         let last = candidates.len() == 1;
         let (endpoint, port) = match &switched {
             Some((endpoint, port, _)) => (endpoint, port),
-            None => registry::pick(&candidates, |(endpoint, _)| endpoint, &context.cursor)
+            None => context
+                .balancer
+                .pick(&candidates, |(endpoint, _)| endpoint, session.as_ref())
                 .map(|(endpoint, port)| (endpoint, port))
                 .expect("a route has candidates, and not all of them have failed"),
         };
@@ -80,8 +92,13 @@ pub(super) async fn exchange(
         let choice = choose(upgrade.is_some(), grpc, hint, context.upstream.spoken(&target));
         let wire = switched.as_ref().map_or(choice.wire, |_| choice.wire.other());
 
-        let in_flight = endpoint.load.begin();
         record.attempts += 1;
+        debug!(
+            request = record.request, attempt = record.attempts, endpoint = %target, protocol = wire.as_str(),
+            in_flight = endpoint.load.get(), candidates = candidates.len(), session = session.is_some(),
+            "endpoint chosen"
+        );
+        let (in_flight, sent) = (endpoint.load.begin(), Instant::now());
         record.pod = Some(endpoint.pod.clone());
         record.upstream = Some(wire.as_str());
         let request = pending.request(wire, &record.authority, upgrade);
@@ -96,8 +113,15 @@ pub(super) async fn exchange(
             error,
             untouched,
             reused,
+            waited,
         } = match context.upstream.send(&peer, fresh, request).await {
             Ok(answer) => {
+                debug!(
+                    request = record.request, attempt = record.attempts, endpoint = %target,
+                    status = answer.response.status().as_u16(), connection = connection(answer.reused),
+                    connection_ms = milliseconds(answer.waited), ms = milliseconds(sent.elapsed()),
+                    "pod answered"
+                );
                 record.reused = Some(answer.reused);
                 pending.give_up();
                 if choice.undecided {
@@ -120,7 +144,11 @@ pub(super) async fn exchange(
             guessed,
         };
         let verdict = attempts.judge(&attempt);
-        debug!(%target, ?attempt, ?verdict, "attempt failed");
+        debug!(
+            request = record.request, attempt = record.attempts, endpoint = %target, connection = connection(reused),
+            connection_ms = milliseconds(waited), ms = milliseconds(sent.elapsed()), %error, untouched, replayable,
+            ?verdict, "attempt failed"
+        );
         // That the other version failed too says less than why the first one did.
         let error = switched.take().map_or(error, |(.., first)| first);
         if matches!(error, Error::Connect(_, ConnectError::PodGone(_))) {
@@ -144,7 +172,14 @@ pub(super) async fn exchange(
             if pauses == context.retry.max_retries {
                 return Err(error);
             }
-            tokio::time::sleep(context.retry.jittered(pauses, fastrand::f64())).await;
+            let pause = context.retry.jittered(pauses, fastrand::f64());
+            debug!(
+                request = record.request,
+                pause_ms = milliseconds(pause),
+                retry = pauses + 1,
+                "every endpoint has failed; pausing"
+            );
+            tokio::time::sleep(pause).await;
             pauses += 1;
         }
     }
@@ -171,8 +206,13 @@ fn choose(upgrade: bool, grpc: bool, hint: Hint, spoken: Option<Wire>) -> Choice
     Choice { wire, undecided }
 }
 
+/// Words where a connection came from as access records do.
+fn connection(reused: bool) -> &'static str {
+    if reused { "reused" } else { "new" }
+}
+
 /// Looks up where the request may go, and waits for a ready pod where one may be expected.
-async fn locate(context: &Context, destination: &Destination) -> Result<Route, Error> {
+async fn locate(context: &Context, destination: &Destination, request: u64) -> Result<Route, Error> {
     let Destination {
         service,
         hostname,
@@ -180,21 +220,41 @@ async fn locate(context: &Context, destination: &Destination) -> Result<Route, E
         ..
     } = destination;
     let deadline = Instant::now() + context.ready_timeout;
-    loop {
+    let (mut resolving, mut waiting) = (Duration::ZERO, None);
+    let located = loop {
+        let asked = Instant::now();
         let resolved = context.registry.resolve(service).await;
-        let view = resolved.map_err(|error| Error::Lookup(service.clone(), error))?;
+        resolving += asked.elapsed();
+        let view = match resolved {
+            Ok(view) => view,
+            Err(error) => break Err(Error::Lookup(service.clone(), error)),
+        };
         let routed = route(&view, *port, hostname.as_deref());
-        if !matches!(routed, Err(Error::NoEndpoint { .. })) || !view.is_between_pods() {
-            return routed;
+        match &routed {
+            Err(error @ Error::NoEndpoint { .. }) if view.is_between_pods() => {
+                if waiting.is_none() {
+                    debug!(request, %service, reason = %error, "waiting for a ready pod");
+                    waiting = Some(Instant::now());
+                }
+            }
+            _ => break routed,
         }
         context.registry.recheck(service);
-        if tokio::time::timeout_at(deadline, context.registry.changed(&view))
-            .await
-            .is_err()
-        {
-            return routed;
+        let changed = context.registry.changed(&view);
+        if tokio::time::timeout_at(deadline, changed).await.is_err() {
+            break routed;
         }
+    };
+    let resolve_ms = milliseconds(resolving);
+    let ready_wait_ms = waiting.map(|since| milliseconds(since.elapsed()));
+    match &located {
+        Ok(route) => {
+            let candidates = route.candidates.len();
+            debug!(request, %service, resolve_ms, ready_wait_ms, candidates, "service resolved");
+        }
+        Err(error) => debug!(request, %service, resolve_ms, ready_wait_ms, %error, "service not resolved"),
     }
+    located
 }
 
 /// A request that may have to be sent more than once.

@@ -16,6 +16,7 @@ use tracing::debug;
 use crate::proxy::replay::RequestBody;
 use crate::proxy::upstream::cause::{Cause, Noted};
 use crate::proxy::upstream::{Fresh, MAX_FIELDS, Peer, Shared, lock};
+use crate::registry::Load;
 use crate::transport::ConnectError;
 
 /// How many connections are opened at the same time to one port of one pod.
@@ -35,6 +36,8 @@ pub(super) struct Connection {
 pub(super) struct Pool {
     peer: Peer,
     state: Mutex<State>,
+    /// How many connections there are.
+    open: Arc<Load>,
 }
 
 type Waiting = oneshot::Sender<Result<(Connection, bool), ConnectError>>;
@@ -54,6 +57,7 @@ impl Pool {
         Self {
             peer,
             state: Mutex::default(),
+            open: Arc::default(),
         }
     }
 
@@ -103,12 +107,19 @@ impl Pool {
             .await
             .map_err(|error| ConnectError::Unavailable(error.to_string()))?;
         let target = self.peer.target.clone();
+        let open = self.open.begin();
         shared.drain.spawn(async move {
+            let _open = open;
             if let Err(error) = connection.with_upgrades().await {
-                debug!(%target, %error, "connection to the pod ended");
+                debug!(endpoint = %target, %error, "connection to the pod ended");
             }
         });
         Ok(Connection { sender, cause })
+    }
+
+    /// Returns how many connections there are.
+    pub(super) fn open(&self) -> usize {
+        self.open.get()
     }
 
     /// Closes connections that have been idle since `limit` or longer. Returns whether anything is left.

@@ -16,6 +16,7 @@ use crate::proxy::replay::RequestBody;
 use crate::proxy::upstream::cause::{Cause, Noted};
 use crate::proxy::upstream::http1::shutting_down;
 use crate::proxy::upstream::{Fresh, MAX_HEADER_LIST, Peer, Shared, lock};
+use crate::registry::Load;
 use crate::transport::ConnectError;
 
 /// Large enough for a bulk stream at the delays of a remote cluster: 2 MiB in flight are 20 MB/s at 100 ms.
@@ -70,6 +71,8 @@ impl Connection {
 pub(super) struct Pool {
     peer: Peer,
     state: Mutex<State>,
+    /// How many connections there are.
+    open: Arc<Load>,
 }
 
 struct State {
@@ -93,6 +96,7 @@ impl Pool {
         Self {
             peer,
             state: Mutex::new(state),
+            open: Arc::default(),
         }
     }
 
@@ -143,14 +147,16 @@ impl Pool {
             .map_err(|error| ConnectError::Unavailable(error.to_string()))?;
         let limit = Arc::new(AtomicUsize::new(connection.current_max_send_streams()));
         let (target, known) = (self.peer.target.clone(), limit.clone());
+        let open = self.open.begin();
         shared.drain.spawn(async move {
+            let _open = open;
             let running = poll_fn(|cx| {
                 let ended = Pin::new(&mut connection).poll(cx);
                 known.store(connection.current_max_send_streams(), Ordering::Relaxed);
                 ended
             });
             if let Err(error) = running.await {
-                debug!(%target, %error, "connection to the pod ended");
+                debug!(endpoint = %target, %error, "connection to the pod ended");
             }
         });
         Ok(Connection {
@@ -159,6 +165,11 @@ impl Pool {
             streams: Arc::default(),
             limit,
         })
+    }
+
+    /// Returns how many connections there are.
+    pub(super) fn open(&self) -> usize {
+        self.open.get()
     }
 
     /// Closes the connections if nobody asked for one since `limit` and no stream is open. Returns whether anything is left.

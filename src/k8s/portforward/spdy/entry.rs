@@ -244,7 +244,10 @@ mod tests {
         let mut entry = Entry::default();
         entry.end(false, Half::Fin, now);
         assert_eq!(entry.outcome(), Outcome::Open);
-        assert!(entry.settle(now + SETTLE, now + SETTLE), "it could not be read meanwhile");
+        assert!(
+            entry.settle(now + SETTLE, now + SETTLE),
+            "it could not be read meanwhile"
+        );
         assert!(!entry.settle(now, now + SETTLE));
         assert_eq!(entry.outcome(), Outcome::End, "it is not waited for without end");
         entry.explain(TEXT);
