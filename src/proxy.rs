@@ -6,6 +6,7 @@ mod connection;
 mod cors;
 pub mod detect;
 mod error;
+mod front;
 mod h2c;
 mod http;
 mod listener;

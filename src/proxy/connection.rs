@@ -18,6 +18,7 @@ use tracing::{debug, info};
 
 use crate::proxy::Context;
 use crate::proxy::detect::{self, Prefixed, Protocol};
+use crate::proxy::front::{Front, FrontStream};
 use crate::proxy::h2c;
 use crate::proxy::http::answer;
 
@@ -42,6 +43,8 @@ pub(super) struct Downstream {
     pub(super) client: SocketAddr,
     /// Whether it speaks TLS.
     pub(super) security: Security,
+    /// The stream below HTTP/1.1; of no meaning to requests over HTTP/2.
+    pub(super) front: Arc<Front>,
 }
 
 /// Whether a connection is protected.
@@ -93,6 +96,7 @@ pub(super) async fn serve(context: Arc<Context>, stream: TcpStream, client: Sock
                 Downstream {
                     client,
                     security: Security::Cleartext,
+                    front: Arc::default(),
                 },
             )
             .await
@@ -141,6 +145,7 @@ async fn serve_tls(context: Arc<Context>, stream: Prefixed<TcpStream>, client: S
     let downstream = Downstream {
         client,
         security: Security::Tls { alpn },
+        front: Arc::default(),
     };
     match agreed {
         Some(protocol) => serve_http(context, protocol, stream, downstream).await,
@@ -177,12 +182,15 @@ where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let (clients, timeout) = (context.clients.clone(), context.header_timeout);
+    let stream = FrontStream::new(stream, downstream.front.clone());
     let service = service_fn(move |mut request| {
         let (context, downstream) = (context.clone(), downstream.clone());
+        downstream.front.begin(&request);
         async move {
             if downstream.security == Security::Cleartext && h2c::is_asked_for(&request) {
                 let frames = h2c::first_stream(&request);
                 let client = hyper::upgrade::on(&mut request);
+                downstream.front.upgrade();
                 context
                     .clients
                     .clone()
