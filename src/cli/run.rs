@@ -6,10 +6,11 @@ use anyhow::{Context as _, Result, bail};
 #[cfg(unix)]
 use tokio::signal::unix;
 use tokio::sync::oneshot;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::app::App;
 use crate::config::Config;
+use crate::files;
 
 /// Runs until SIGINT or SIGTERM and then drains; a second signal ends the process at once.
 pub(super) fn run(config: &Config) -> Result<ExitCode> {
@@ -49,6 +50,8 @@ pub(super) fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> 
 
 /// Binds the program, unless a signal comes first.
 pub(super) async fn start(config: &Config, signals: &mut Signals) -> Result<Option<App>> {
+    let files = files::raise();
+    debug!(files, "open files at most");
     tokio::select! {
         app = App::bind(config) => app.map(Some),
         signal = signals.next() => {

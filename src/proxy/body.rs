@@ -114,14 +114,14 @@ impl ResponseBody {
     /// Passes on a pod's body.
     pub(crate) fn upstream(
         body: Incoming,
-        lease: Option<Lease>,
+        lease: Lease,
         unasked: Option<DropGuard>,
         in_flight: InFlight,
         record: AccessRecord,
     ) -> Self {
         let mut passed = Passed {
             body,
-            lease,
+            lease: Some(lease),
             _unasked: unasked,
             _in_flight: in_flight,
             record,

@@ -17,20 +17,16 @@ use tokio_rustls::TlsAcceptor;
 use tracing::{debug, info};
 
 use crate::proxy::Context;
+use crate::proxy::admission::Admitted;
 use crate::proxy::detect::{self, Prefixed, Protocol};
 use crate::proxy::front::{Front, FrontStream};
 use crate::proxy::h2c;
 use crate::proxy::http::answer;
 
-/// HTTP/2 towards clients as the seed has it: 1000 streams, 1 MiB frames; windows that keep a bulk upload moving.
-const MAX_STREAMS: u32 = 1000;
+/// HTTP/2 towards clients as the seed has it: 1 MiB frames; windows that keep a bulk upload moving.
 const MAX_FRAME: u32 = 1 << 20;
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 8 << 20;
-
-/// Headers of one request, all together and in number; more is answered with 431.
-const MAX_HEADER_BYTES: usize = 64 << 10;
-const MAX_FIELDS: usize = 256;
 
 /// An HTTP/2 client that says nothing for so long is asked whether it is still there, and given up if it does not answer.
 const PING_AFTER: Duration = Duration::from_mins(1);
@@ -45,6 +41,8 @@ pub(super) struct Downstream {
     pub(super) security: Security,
     /// The stream below HTTP/1.1; of no meaning to requests over HTTP/2.
     pub(super) front: Arc<Front>,
+    /// Counts it for as long as anything of it lives.
+    _admitted: Admitted,
 }
 
 /// Whether a connection is protected.
@@ -82,12 +80,12 @@ impl Downstream {
 }
 
 /// Serves one client.
-pub(super) async fn serve(context: Arc<Context>, stream: TcpStream, client: SocketAddr) {
+pub(super) async fn serve(context: Arc<Context>, stream: TcpStream, client: SocketAddr, admitted: Admitted) {
     let Some((protocol, stream)) = detect(&context, stream, client).await else {
         return;
     };
     match protocol {
-        Protocol::Tls => serve_tls(context, stream, client).await,
+        Protocol::Tls => serve_tls(context, stream, client, admitted).await,
         _ => {
             serve_http(
                 context,
@@ -97,6 +95,7 @@ pub(super) async fn serve(context: Arc<Context>, stream: TcpStream, client: Sock
                     client,
                     security: Security::Cleartext,
                     front: Arc::default(),
+                    _admitted: admitted,
                 },
             )
             .await
@@ -125,7 +124,12 @@ async fn detect<S: AsyncRead + Unpin>(
 }
 
 /// Ends TLS and serves what is inside. A client that agreed on no protocol is told apart by its first bytes once more.
-async fn serve_tls(context: Arc<Context>, stream: Prefixed<TcpStream>, client: SocketAddr) {
+async fn serve_tls(
+    context: Arc<Context>,
+    stream: Prefixed<TcpStream>,
+    client: SocketAddr,
+    admitted: Admitted,
+) {
     let accepting = TlsAcceptor::from(context.tls.clone()).accept(stream);
     let stream = match tokio::time::timeout(context.header_timeout, accepting).await {
         Ok(Ok(stream)) => stream,
@@ -146,6 +150,7 @@ async fn serve_tls(context: Arc<Context>, stream: Prefixed<TcpStream>, client: S
         client,
         security: Security::Tls { alpn },
         front: Arc::default(),
+        _admitted: admitted,
     };
     match agreed {
         Some(protocol) => serve_http(context, protocol, stream, downstream).await,
@@ -182,6 +187,7 @@ where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let (clients, timeout) = (context.clients.clone(), context.header_timeout);
+    let limits = context.limits.clone();
     let stream = FrontStream::new(stream, downstream.front.clone());
     let service = service_fn(move |mut request| {
         let (context, downstream) = (context.clone(), downstream.clone());
@@ -203,8 +209,8 @@ where
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(timeout)
-        .max_header_size(MAX_HEADER_BYTES)
-        .max_headers(MAX_FIELDS)
+        .max_header_size(usize::try_from(limits.header_bytes).unwrap_or(usize::MAX))
+        .max_headers(limits.header_fields)
         .preserve_header_case(true)
         .auto_date_header(false)
         .serve_connection(TokioIo::new(stream), service)
@@ -228,16 +234,16 @@ async fn serve_http2<S>(
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let clients = context.clients.clone();
+    let (clients, limits) = (context.clients.clone(), context.limits.clone());
     let service = service_fn(move |request| answer(context.clone(), downstream.clone(), request));
     let connection = http2::Builder::new(clients.clone())
         .timer(TokioTimer::new())
         .enable_connect_protocol()
-        .max_concurrent_streams(MAX_STREAMS)
+        .max_concurrent_streams(limits.streams)
         .max_frame_size(MAX_FRAME)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_header_list_size(u32::try_from(MAX_HEADER_BYTES).expect("a small constant"))
+        .max_header_list_size(limits.header_bytes)
         .keep_alive_interval(PING_AFTER)
         .keep_alive_timeout(PING_TIMEOUT)
         .auto_date_header(false)

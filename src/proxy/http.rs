@@ -53,7 +53,7 @@ pub(super) async fn answer(
             if answered.answer.response.status() == StatusCode::SWITCHING_PROTOCOLS =>
         {
             downstream.front.upgrade();
-            upgrade.agree(*answered, record, &context.clients)
+            upgrade.agree(*answered, downstream, record, &context.clients)
         }
         (Ok(By::Pod(answered)), _) => pass_on(*answered, record),
         (Ok(By::Health), _) => own::health(&downstream, version, form == Form::Grpc, record),
@@ -116,7 +116,7 @@ fn pass_on(answered: Answered, mut record: AccessRecord) -> Response<ResponseBod
     let (mut parts, body) = answer.response.into_parts();
     // A proxy speaks its own version (RFC 9110 section 2.5), and an HTTP/1.0 connection is not kept.
     let kept = parts.version != Version::HTTP_10 && unasked.is_none();
-    let lease = Some(answer.lease).filter(|_| kept);
+    let lease = if kept { answer.lease } else { answer.lease.retire() };
     parts.version = Version::HTTP_11;
     headers::strip_hop_by_hop(&mut parts.headers);
     record.status = Some(parts.status);

@@ -7,7 +7,7 @@ use kube_tunnel::testing::backend::{Protocols, Serve};
 use serde_json::Value;
 
 use crate::client::fetch;
-use crate::program::{Lines, Running, kubeconfig, path, program};
+use crate::program::{Lines, Running, address, kubeconfig, path, program};
 
 /// Serves one good and one failing request and returns the lines of the log.
 async fn lines(format: &str) -> Vec<String> {
@@ -32,9 +32,7 @@ async fn lines(format: &str) -> Vec<String> {
     let log = Lines::new(running.0.stderr.take().unwrap())
         .until("listening")
         .await;
-    let address = log.seen.last().unwrap().split("127.0.0.1:").nth(1).unwrap();
-    let port: String = address.chars().take_while(char::is_ascii_digit).collect();
-    let address = std::net::SocketAddr::from(([127, 0, 0, 1], port.parse().unwrap()));
+    let address = address(&log);
     fetch(address, "web.shop.svc.cluster.local", "/page?secret=1").await;
     fetch(address, "nosuch.shop", "/").await;
     let log = log.until("nosuch").await;

@@ -18,6 +18,7 @@ mod http;
 mod interim;
 mod kubeconfig;
 mod lifecycle;
+mod limits;
 mod log;
 mod lookup;
 mod program;

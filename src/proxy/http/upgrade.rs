@@ -1,6 +1,8 @@
 //! Requests that leave HTTP: `Upgrade` of HTTP/1.1 (WebSocket above all, RFC 9110 section 7.8) and extended CONNECT of HTTP/2
 //! (RFC 8441). Towards the pod both are an HTTP/1.1 Upgrade; after it the bytes pass both ways untouched.
 
+use std::sync::Arc;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
@@ -16,6 +18,7 @@ use tokio::time::Instant;
 
 use crate::drain::Drain;
 use crate::proxy::body::{BoxError, ResponseBody};
+use crate::proxy::connection::Downstream;
 use crate::proxy::http::exchange::Answered;
 use crate::proxy::http::headers;
 use crate::proxy::upstream::{Answer, Lease};
@@ -82,6 +85,7 @@ impl Upgrade {
     pub(super) fn agree(
         self,
         answered: Answered,
+        downstream: Arc<Downstream>,
         mut record: AccessRecord,
         drain: &Drain,
     ) -> Response<ResponseBody> {
@@ -106,13 +110,18 @@ impl Upgrade {
         }
         record.status = Some(parts.status);
         record.first_byte = Some(Instant::now());
-        drain.spawn(join(self.client, pod, (lease, in_flight), record));
+        drain.spawn(join(self.client, pod, (downstream, lease, in_flight), record));
         Response::from_parts(parts, ResponseBody::own(Bytes::new()))
     }
 }
 
 /// Copies both ways until both sides have ended. The record is emitted then, and the pod counts as busy until then.
-async fn join(client: OnUpgrade, pod: OnUpgrade, _held: (Lease, InFlight), mut record: AccessRecord) {
+async fn join(
+    client: OnUpgrade,
+    pod: OnUpgrade,
+    _held: (Arc<Downstream>, Lease, InFlight),
+    mut record: AccessRecord,
+) {
     match splice(client, pod).await {
         Ok((received, sent)) => {
             record
