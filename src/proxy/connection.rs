@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -84,23 +85,23 @@ pub(super) async fn serve(context: Arc<Context>, stream: TcpStream, client: Sock
     let Some((protocol, stream)) = detect(&context, stream, client).await else {
         return;
     };
-    match protocol {
-        Protocol::Tls => serve_tls(context, stream, client, admitted).await,
-        _ => {
-            serve_http(
-                context,
-                protocol,
-                stream,
-                Downstream {
-                    client,
-                    security: Security::Cleartext,
-                    front: Arc::default(),
-                    _admitted: admitted,
-                },
-            )
-            .await
-        }
+    if protocol == Protocol::Tls {
+        boxed(|| serve_tls(context, stream, client, admitted)).await;
+    } else {
+        let downstream = Downstream {
+            client,
+            security: Security::Cleartext,
+            front: Arc::default(),
+            _admitted: admitted,
+        };
+        serve_http(context, protocol, stream, downstream).await;
     }
+}
+
+/// Gives a future an allocation of its own, which ends with it. Without it an idle connection would hold the size of the
+/// largest of all ways, TLS handshakes included, for as long as it lives.
+fn boxed<F: Future>(make: impl FnOnce() -> F) -> Pin<Box<F>> {
+    Box::pin(make())
 }
 
 /// Reads the first bytes. `None`: there is nothing to serve.
@@ -130,9 +131,10 @@ async fn serve_tls(
     client: SocketAddr,
     admitted: Admitted,
 ) {
-    let accepting = TlsAcceptor::from(context.tls.clone()).accept(stream);
-    let stream = match tokio::time::timeout(context.header_timeout, accepting).await {
-        Ok(Ok(stream)) => stream,
+    let (timeout, acceptor) = (context.header_timeout, TlsAcceptor::from(context.tls.clone()));
+    let accepting = boxed(|| tokio::time::timeout(timeout, acceptor.accept(stream)));
+    let stream = match accepting.await {
+        Ok(Ok(stream)) => Box::new(stream), // it is large, and moves through several futures
         Ok(Err(error)) => return debug!(%client, %error, "TLS handshake failed"),
         Err(_) => return debug!(%client, "closed: the TLS handshake took too long"),
     };
@@ -169,8 +171,8 @@ where
     let client = downstream.client;
     let downstream = Arc::new(downstream);
     let ended = match protocol {
-        Protocol::Http1 => serve_http1(context, stream, downstream).await,
-        Protocol::Http2 => serve_http2(context, stream, downstream).await,
+        Protocol::Http1 => boxed(|| serve_http1(context, stream, downstream)).await,
+        Protocol::Http2 => boxed(|| serve_http2(context, stream, downstream)).await,
         protocol => return info!(%client, ?protocol, "closed: this protocol is not served on this port"),
     };
     if let Err(error) = ended {
@@ -203,7 +205,7 @@ where
                     .spawn(serve_upgraded(context, client, frames, downstream));
                 return Ok(h2c::agreement());
             }
-            answer(context, downstream, request).await
+            boxed(|| answer(context, downstream, request)).await
         }
     });
     let connection = http1::Builder::new()
@@ -235,7 +237,7 @@ where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let (clients, limits) = (context.clients.clone(), context.limits.clone());
-    let service = service_fn(move |request| answer(context.clone(), downstream.clone(), request));
+    let service = service_fn(move |request| boxed(|| answer(context.clone(), downstream.clone(), request)));
     let connection = http2::Builder::new(clients.clone())
         .timer(TokioTimer::new())
         .enable_connect_protocol()

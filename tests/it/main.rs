@@ -19,6 +19,7 @@ mod interim;
 mod kubeconfig;
 mod lifecycle;
 mod limits;
+mod load;
 mod log;
 mod lookup;
 mod program;
