@@ -236,7 +236,7 @@ pub static MAX_STREAMS: Setting = Setting::new(
     Kind::Number { min: 1, max: 100_000 },
     Some("1000"),
     "How many requests one HTTP/2 connection may carry at the same time",
-    "Clients wait with further ones, or open another connection. A stream that nobody reads holds up to 1 MiB.",
+    "Clients wait with further ones, or open another connection. One that nobody reads costs about 2 MiB.",
 );
 /// Whose word counts for pods' certificates.
 pub static BACKEND_TLS: Setting = Setting::new(

@@ -207,7 +207,6 @@ async fn early_hints_pass_to_clients_of_http11_and_to_no_others() {
             pod.write_all(b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\n")
                 .await
                 .unwrap();
-            tokio::time::sleep(Duration::from_millis(20)).await;
             pod.write_all(b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
                 .await
                 .unwrap();

@@ -12,6 +12,7 @@ use crate::app::{PATIENCE, TestApp, eventually, web};
 use crate::backends::raw;
 use crate::client::{Client, Reply, fetch, get};
 use crate::interim::until;
+use crate::upgrade::frame;
 
 const REQUEST: &str = "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
@@ -234,6 +235,40 @@ async fn without_files_left_the_program_waits_says_so_once_and_goes_on() {
         .count();
     assert_eq!(said, 1, "{:#?}", log.seen);
     running.wait().await;
+}
+
+#[tokio::test]
+async fn a_client_that_resets_its_streams_as_fast_as_it_can_is_sent_away() {
+    const GOAWAY: u8 = 7;
+    const ENHANCE_YOUR_CALM: [u8; 4] = [0, 0, 0, 0xb];
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = web(&cluster, 1);
+    let app = TestApp::start(&cluster).await;
+    let mut client = TcpStream::connect(app.address).await.unwrap();
+    let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".to_vec();
+    // `GET / http` of the static table, and the authority as a literal (RFC 7541 sections 6.1 and 6.2.1).
+    let head = b"\x82\x84\x86\x41\x08web.shop";
+    for stream in (1..20_000u32).step_by(2) {
+        bytes.extend([0, 0, u8::try_from(head.len()).unwrap(), 1, 0x5]);
+        bytes.extend(stream.to_be_bytes());
+        bytes.extend(head);
+        bytes.extend(b"\0\0\x04\x03\0");
+        bytes.extend(stream.to_be_bytes());
+        bytes.extend(b"\0\0\0\x08");
+    }
+    let _ = client.write_all(&bytes).await; // it may be cut off on the way
+    let told = async {
+        loop {
+            let (kind, _, _, payload) = frame(&mut client).await;
+            if kind == GOAWAY {
+                return payload[4..8] == ENHANCE_YOUR_CALM;
+            }
+        }
+    };
+    assert!(tokio::time::timeout(PATIENCE, told).await.unwrap());
+    assert_eq!(fetch(app.address, "web.shop", "/").await.status, StatusCode::OK);
+    let reached = workload.pods[0].backends[0].http().unwrap().requests().len();
+    assert!(reached < 2000, "{reached} of the requests reached the pod");
 }
 
 #[tokio::test]

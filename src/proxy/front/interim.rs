@@ -68,7 +68,9 @@ impl Interim {
     pub(super) fn flushed(&self, writer: &Waker) {
         let mut state = self.lock();
         state.between = true;
-        state.writer = Some(writer.clone());
+        if !state.writer.as_ref().is_some_and(|known| known.will_wake(writer)) {
+            state.writer = Some(writer.clone());
+        }
     }
 
     /// Writes what is waiting, all of it before anything else.
