@@ -14,7 +14,7 @@ use std::time::Duration;
 use crate::k8s;
 use crate::name::Naming;
 use crate::privileges::Account;
-use crate::proxy::{self, Bind, RetryPolicy};
+use crate::proxy::{self, Bind, Limits, RetryPolicy};
 use crate::telemetry;
 use crate::tls::Trust;
 
@@ -108,6 +108,14 @@ impl Config {
                 forwarded_headers: layers.switch(&s::FORWARDED_HEADERS)?,
                 header_timeout: layers.duration(&s::HEADER_TIMEOUT)?,
                 idle_timeout,
+                limits: Limits {
+                    connections: layers.optional(&s::MAX_CONNECTIONS)?,
+                    connections_per_client: layers.optional(&s::MAX_CONNECTIONS_PER_CLIENT)?,
+                    connections_per_pod: layers.parse(&s::MAX_CONNECTIONS_PER_POD)?,
+                    header_bytes: layers.parse(&s::MAX_HEADER_BYTES)?,
+                    header_fields: layers.parse(&s::MAX_HEADER_FIELDS)?,
+                    streams: layers.parse(&s::MAX_STREAMS)?,
+                },
             },
             backend_tls: layers.parse(&s::BACKEND_TLS)?,
             resolve_timeout: layers.duration(&s::RESOLVE_TIMEOUT)?,

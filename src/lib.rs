@@ -6,6 +6,7 @@ pub mod app;
 pub mod cli;
 pub mod config;
 pub mod drain;
+pub mod files;
 pub mod k8s;
 pub mod name;
 pub mod privileges;

@@ -1,14 +1,18 @@
 //! The proxy: one listener, whose connections are told apart by their first bytes, and whose requests go to pods by the
 //! Service that their host names.
 
+mod admission;
 mod body;
 mod connection;
 mod cors;
 pub mod detect;
 mod error;
+mod front;
 mod h2c;
 mod http;
+mod limits;
 mod listener;
+mod notice;
 mod own;
 mod replay;
 mod reply;
@@ -21,15 +25,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::ServerConfig;
+use tracing::debug;
 
 use crate::drain::Drain;
+use crate::files;
 use crate::name::Naming;
+use crate::proxy::admission::Admission;
 use crate::registry::{Balancer, Registry};
 use crate::traffic::Requests;
 use crate::transport::Connect;
 
 pub use cors::AllowOrigin;
 pub use error::{Error, Reply};
+pub use limits::Limits;
 pub use listener::{Bind, BindError, Listener};
 pub use retry::RetryPolicy;
 pub use upstream::PodTls;
@@ -55,6 +63,8 @@ pub struct Config {
     pub header_timeout: Duration,
     /// How long a connection to a pod is kept without use.
     pub idle_timeout: Duration,
+    /// How much is taken on at the same time.
+    pub limits: Limits,
 }
 
 /// Both sides of TLS.
@@ -75,6 +85,7 @@ struct Context {
     cors: AllowOrigin,
     forwarded_headers: bool,
     header_timeout: Duration,
+    limits: Limits,
     /// The server's side of TLS.
     tls: Arc<ServerConfig>,
     registry: Registry,
@@ -114,9 +125,16 @@ impl Proxy {
             cors: config.cors.clone(),
             forwarded_headers: config.forwarded_headers,
             header_timeout: config.header_timeout,
+            limits: config.limits.clone(),
             tls: tls.server,
             registry,
-            upstream: upstream::Upstream::new(connect, tls.pods, config.idle_timeout, pods),
+            upstream: upstream::Upstream::new(
+                connect,
+                tls.pods,
+                config.idle_timeout,
+                config.limits.connections_per_pod,
+                pods,
+            ),
             balancer: Balancer::default(),
             requests: Requests::default(),
             clients,
@@ -137,10 +155,13 @@ impl Proxy {
     pub async fn run(self) {
         let Self { listener, context } = self;
         let clients = context.clients.clone();
+        let limit = context.limits.connections(files::limit());
+        debug!(limit, "connections of clients");
+        let admission = Admission::new(limit, context.limits.connections_per_client);
         listener
-            .run(&clients, move |stream, client| {
+            .run(&clients, &admission, move |stream, client, admitted| {
                 let context = context.clone();
-                async move { connection::serve(context, stream, client).await }
+                async move { connection::serve(context, stream, client, admitted).await }
             })
             .await;
     }

@@ -19,6 +19,7 @@ const LEVELS: &[(&str, u8)] = &[
     ("traffic", 1),
     ("transport", 1),
     ("drain", 0),
+    ("files", 0),
     ("name", 0),
     ("privileges", 0),
     ("telemetry", 0),

@@ -6,10 +6,11 @@ use anyhow::{Context as _, Result, bail};
 #[cfg(unix)]
 use tokio::signal::unix;
 use tokio::sync::oneshot;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::app::App;
 use crate::config::Config;
+use crate::files;
 use crate::privileges::Privileges;
 
 /// Runs until SIGINT or SIGTERM and then drains; a second signal ends the process at once.
@@ -54,6 +55,8 @@ pub(super) async fn start(
     privileges: Privileges,
     signals: &mut Signals,
 ) -> Result<Option<App>> {
+    let files = files::raise();
+    debug!(files, "open files at most");
     tokio::select! {
         app = App::bind(config, privileges) => app.map(Some),
         signal = signals.next() => {

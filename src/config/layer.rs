@@ -141,6 +141,18 @@ impl Layers {
         self.value(setting).text.filter(|text| !text.is_empty())
     }
 
+    /// Parses a setting that may have no value.
+    pub(super) fn optional<T>(&self, setting: &Setting) -> Result<Option<T>, Error>
+    where
+        T: FromStr,
+        T::Err: Display,
+    {
+        match self.text(setting) {
+            Some(_) => self.parse(setting).map(Some),
+            None => Ok(None),
+        }
+    }
+
     /// Parses a setting that always has a value.
     pub(super) fn parse<T>(&self, setting: &Setting) -> Result<T, Error>
     where

@@ -174,8 +174,71 @@ pub static HEADER_TIMEOUT: Setting = Setting::new(
     "header-timeout",
     Kind::Duration,
     Some("60s"),
-    "How long a client may take to send the headers of a request, or leave an HTTP/1.1 connection without one",
+    "How long a client may take for its first bytes, for the TLS handshake, and for the headers of a request; and how long it \
+     may leave an HTTP/1.1 connection without one",
     "Long enough for a slow link and a thinking user, short enough that silent clients do not pile up. Bodies have no limit.",
+);
+/// Clients' connections in all.
+pub static MAX_CONNECTIONS: Setting = Setting::new(
+    "max-connections",
+    Kind::Number {
+        min: 1,
+        max: 1_000_000,
+    },
+    None,
+    "How many connections clients may have in all",
+    "Without it three quarters of the files that may be open (`ulimit -Hn`), 65536 at most; the rest is for connections to \
+     pods. Further ones wait until one ends.",
+);
+/// One client's connections.
+pub static MAX_CONNECTIONS_PER_CLIENT: Setting = Setting::new(
+    "max-connections-per-client",
+    Kind::Number {
+        min: 1,
+        max: 1_000_000,
+    },
+    None,
+    "How many connections one client address may have",
+    "Without it all of them from this machine, where browsers and load tests share one address, and a quarter from another. \
+     Further ones are closed.",
+);
+/// Connections to one pod.
+pub static MAX_CONNECTIONS_PER_POD: Setting = Setting::new(
+    "max-connections-per-pod",
+    Kind::Number {
+        min: 1,
+        max: 1_000_000,
+    },
+    Some("1000"),
+    "How many HTTP/1.1 connections one port of one pod may have, each of which carries one request at a time",
+    "Each costs the node memory and file descriptors. Further requests wait in order. HTTP/2 shares one connection.",
+);
+/// The size of a request's header fields.
+pub static MAX_HEADER_BYTES: Setting = Setting::new(
+    "max-header-bytes",
+    Kind::Number {
+        min: 8192,
+        max: 262_144,
+    },
+    Some("65536"),
+    "How many bytes the header fields of a request may have together",
+    "Ample for cookies and tokens; many servers behind stop at 8192 to 32768. More is answered with 431.",
+);
+/// The number of a request's header fields.
+pub static MAX_HEADER_FIELDS: Setting = Setting::new(
+    "max-header-fields",
+    Kind::Number { min: 32, max: 4096 },
+    Some("256"),
+    "How many header fields a request over HTTP/1.x may have",
+    "Two to three times what elaborate clients send. More is answered with 431.",
+);
+/// Concurrent streams.
+pub static MAX_STREAMS: Setting = Setting::new(
+    "max-streams",
+    Kind::Number { min: 1, max: 100_000 },
+    Some("1000"),
+    "How many requests one HTTP/2 connection may carry at the same time",
+    "Clients wait with further ones, or open another connection. One that nobody reads costs about 2 MiB.",
 );
 /// Whose word counts for pods' certificates.
 pub static BACKEND_TLS: Setting = Setting::new(
@@ -319,6 +382,12 @@ pub static ALL: &[&Setting] = &[
     &IDLE_TIMEOUT,
     &DRAIN_TIMEOUT,
     &HEADER_TIMEOUT,
+    &MAX_CONNECTIONS,
+    &MAX_CONNECTIONS_PER_CLIENT,
+    &MAX_CONNECTIONS_PER_POD,
+    &MAX_HEADER_BYTES,
+    &MAX_HEADER_FIELDS,
+    &MAX_STREAMS,
     &PORT_FORWARD,
     &BACKEND_TLS,
     &CORS_ALLOW_ORIGIN,

@@ -2,19 +2,92 @@
 
 use std::error::Error as StdError;
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
+use tokio_util::sync::DropGuard;
 
+use crate::proxy::front::Front;
 use crate::proxy::upstream::Lease;
 use crate::registry::InFlight;
 use crate::traffic::{AccessRecord, Outcome};
 
 /// The error of a body, whatever its source.
 pub(crate) type BoxError = Box<dyn StdError + Send + Sync>;
+
+/// How many pieces of a body that nobody wants are taken from the HTTP library, which holds one or two.
+const LEFTOVERS: usize = 4;
+
+/// A client's body. It tells an HTTP/1.1 connection whether it has been read to its end.
+#[derive(Debug)]
+pub(crate) struct ClientBody {
+    body: Incoming,
+    front: Option<Arc<Front>>,
+    /// Whether the client was told to send it, or sends it without a word.
+    asked: bool,
+}
+
+impl ClientBody {
+    /// Takes the body of a request. `front`: what it came over, if that was HTTP/1.1. `expected`: the client waits to be told
+    /// to send it, which the first reading does.
+    pub(crate) fn new(body: Incoming, front: Option<Arc<Front>>, expected: bool) -> Self {
+        Self {
+            body,
+            front,
+            asked: !expected,
+        }
+    }
+}
+
+impl Body for ClientBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        self.asked = true;
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if let Some(front) = &self.front
+            && (frame.is_none() || self.body.is_end_stream())
+        {
+            front.body_read();
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Drop for ClientBody {
+    fn drop(&mut self) {
+        let Some(front) = self.front.clone() else { return };
+        // What has arrived already is taken, so that a short body does not cost the connection.
+        let mut cx = Context::from_waker(Waker::noop());
+        for _ in 0..LEFTOVERS {
+            if self.is_end_stream() {
+                return;
+            }
+            let ready =
+                self.asked && matches!(Pin::new(&mut *self).poll_frame(&mut cx), Poll::Ready(Some(Ok(_))));
+            if !ready {
+                break;
+            }
+        }
+        front.abandon_body();
+    }
+}
 
 /// The body of a response on its way to the client.
 #[derive(Debug)]
@@ -31,6 +104,8 @@ pub(crate) enum ResponseBody {
 pub(crate) struct Passed {
     body: Incoming,
     lease: Option<Lease>,
+    /// Ends a request whose body was not asked for.
+    _unasked: Option<DropGuard>,
     _in_flight: InFlight,
     record: AccessRecord,
 }
@@ -39,13 +114,15 @@ impl ResponseBody {
     /// Passes on a pod's body.
     pub(crate) fn upstream(
         body: Incoming,
-        lease: Option<Lease>,
+        lease: Lease,
+        unasked: Option<DropGuard>,
         in_flight: InFlight,
         record: AccessRecord,
     ) -> Self {
         let mut passed = Passed {
             body,
-            lease,
+            lease: Some(lease),
+            _unasked: unasked,
             _in_flight: in_flight,
             record,
         };

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,19 +18,16 @@ use tokio_rustls::TlsAcceptor;
 use tracing::{debug, info};
 
 use crate::proxy::Context;
+use crate::proxy::admission::Admitted;
 use crate::proxy::detect::{self, Prefixed, Protocol};
+use crate::proxy::front::{Front, FrontStream};
 use crate::proxy::h2c;
 use crate::proxy::http::answer;
 
-/// HTTP/2 towards clients as the seed has it: 1000 streams, 1 MiB frames; windows that keep a bulk upload moving.
-const MAX_STREAMS: u32 = 1000;
+/// HTTP/2 towards clients as the seed has it: 1 MiB frames; windows that keep a bulk upload moving.
 const MAX_FRAME: u32 = 1 << 20;
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 8 << 20;
-
-/// Headers of one request, all together and in number; more is answered with 431.
-const MAX_HEADER_BYTES: usize = 64 << 10;
-const MAX_FIELDS: usize = 256;
 
 /// An HTTP/2 client that says nothing for so long is asked whether it is still there, and given up if it does not answer.
 const PING_AFTER: Duration = Duration::from_mins(1);
@@ -44,6 +42,10 @@ pub(super) struct Downstream {
     pub(super) local: SocketAddr,
     /// Whether it speaks TLS.
     pub(super) security: Security,
+    /// The stream below HTTP/1.1; of no meaning to requests over HTTP/2.
+    pub(super) front: Arc<Front>,
+    /// Counts it for as long as anything of it lives.
+    _admitted: Admitted,
 }
 
 /// Whether a connection is protected.
@@ -81,29 +83,31 @@ impl Downstream {
 }
 
 /// Serves one client.
-pub(super) async fn serve(context: Arc<Context>, stream: TcpStream, client: SocketAddr) {
+pub(super) async fn serve(context: Arc<Context>, stream: TcpStream, client: SocketAddr, admitted: Admitted) {
     let Ok(local) = stream.local_addr() else {
         return debug!(%client, "closed: the connection has ended already");
     };
     let Some((protocol, stream)) = detect(&context, stream, client).await else {
         return;
     };
-    match protocol {
-        Protocol::Tls => serve_tls(context, stream, client, local).await,
-        _ => {
-            serve_http(
-                context,
-                protocol,
-                stream,
-                Downstream {
-                    client,
-                    local,
-                    security: Security::Cleartext,
-                },
-            )
-            .await
-        }
+    if protocol == Protocol::Tls {
+        boxed(|| serve_tls(context, stream, client, local, admitted)).await;
+    } else {
+        let downstream = Downstream {
+            client,
+            local,
+            security: Security::Cleartext,
+            front: Arc::default(),
+            _admitted: admitted,
+        };
+        serve_http(context, protocol, stream, downstream).await;
     }
+}
+
+/// Gives a future an allocation of its own, which ends with it. Without it an idle connection would hold the size of the
+/// largest of all ways, TLS handshakes included, for as long as it lives.
+fn boxed<F: Future>(make: impl FnOnce() -> F) -> Pin<Box<F>> {
+    Box::pin(make())
 }
 
 /// Reads the first bytes. `None`: there is nothing to serve.
@@ -132,10 +136,12 @@ async fn serve_tls(
     stream: Prefixed<TcpStream>,
     client: SocketAddr,
     local: SocketAddr,
+    admitted: Admitted,
 ) {
-    let accepting = TlsAcceptor::from(context.tls.clone()).accept(stream);
-    let stream = match tokio::time::timeout(context.header_timeout, accepting).await {
-        Ok(Ok(stream)) => stream,
+    let (timeout, acceptor) = (context.header_timeout, TlsAcceptor::from(context.tls.clone()));
+    let accepting = boxed(|| tokio::time::timeout(timeout, acceptor.accept(stream)));
+    let stream = match accepting.await {
+        Ok(Ok(stream)) => Box::new(stream), // it is large, and moves through several futures
         Ok(Err(error)) => return debug!(%client, %error, "TLS handshake failed"),
         Err(_) => return debug!(%client, "closed: the TLS handshake took too long"),
     };
@@ -153,6 +159,8 @@ async fn serve_tls(
         client,
         local,
         security: Security::Tls { alpn },
+        front: Arc::default(),
+        _admitted: admitted,
     };
     match agreed {
         Some(protocol) => serve_http(context, protocol, stream, downstream).await,
@@ -171,8 +179,8 @@ where
     let client = downstream.client;
     let downstream = Arc::new(downstream);
     let ended = match protocol {
-        Protocol::Http1 => serve_http1(context, stream, downstream).await,
-        Protocol::Http2 => serve_http2(context, stream, downstream).await,
+        Protocol::Http1 => boxed(|| serve_http1(context, stream, downstream)).await,
+        Protocol::Http2 => boxed(|| serve_http2(context, stream, downstream)).await,
         protocol => return info!(%client, ?protocol, "closed: this protocol is not served on this port"),
     };
     if let Err(error) = ended {
@@ -189,26 +197,30 @@ where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let (clients, timeout) = (context.clients.clone(), context.header_timeout);
+    let limits = context.limits.clone();
+    let stream = FrontStream::new(stream, downstream.front.clone());
     let service = service_fn(move |mut request| {
         let (context, downstream) = (context.clone(), downstream.clone());
+        downstream.front.begin(&request);
         async move {
             if downstream.security == Security::Cleartext && h2c::is_asked_for(&request) {
                 let frames = h2c::first_stream(&request);
                 let client = hyper::upgrade::on(&mut request);
+                downstream.front.upgrade();
                 context
                     .clients
                     .clone()
                     .spawn(serve_upgraded(context, client, frames, downstream));
                 return Ok(h2c::agreement());
             }
-            answer(context, downstream, request).await
+            boxed(|| answer(context, downstream, request)).await
         }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(timeout)
-        .max_header_size(MAX_HEADER_BYTES)
-        .max_headers(MAX_FIELDS)
+        .max_header_size(usize::try_from(limits.header_bytes).unwrap_or(usize::MAX))
+        .max_headers(limits.header_fields)
         .preserve_header_case(true)
         .auto_date_header(false)
         .serve_connection(TokioIo::new(stream), service)
@@ -232,16 +244,16 @@ async fn serve_http2<S>(
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let clients = context.clients.clone();
-    let service = service_fn(move |request| answer(context.clone(), downstream.clone(), request));
+    let (clients, limits) = (context.clients.clone(), context.limits.clone());
+    let service = service_fn(move |request| boxed(|| answer(context.clone(), downstream.clone(), request)));
     let connection = http2::Builder::new(clients.clone())
         .timer(TokioTimer::new())
         .enable_connect_protocol()
-        .max_concurrent_streams(MAX_STREAMS)
+        .max_concurrent_streams(limits.streams)
         .max_frame_size(MAX_FRAME)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_header_list_size(u32::try_from(MAX_HEADER_BYTES).expect("a small constant"))
+        .max_header_list_size(limits.header_bytes)
         .keep_alive_interval(PING_AFTER)
         .keep_alive_timeout(PING_TIMEOUT)
         .auto_date_header(false)

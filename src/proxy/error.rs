@@ -97,6 +97,14 @@ pub enum Error {
     /// What the pod sent is not the protocol that was spoken to it.
     #[error("{0} does not answer in {1} ({2}); check the Service's appProtocol and the port")]
     Protocol(Target, &'static str, String),
+    /// The pod coded its answer for this one hop in a way that the proxy cannot undo, and therefore cannot pass on.
+    #[error(
+        "{0} answers with Transfer-Encoding: {1}, of which only chunked is understood; let it say Content-Encoding instead"
+    )]
+    Coding(Target, String),
+    /// The request's body is coded in such a way (RFC 9112 section 6.1).
+    #[error("the only Transfer-Encoding that is understood is chunked")]
+    UnknownCoding,
     /// The client went away while it was still sending.
     #[error("the client stopped sending before the request was complete")]
     ClientGone,
@@ -156,7 +164,8 @@ impl Error {
             },
             Self::Refused(..) => (502, grpc::UNAVAILABLE, "UF"),
             Self::NotProcessed(..) => (503, grpc::UNAVAILABLE, "UR"),
-            Self::Protocol(..) => (502, grpc::INTERNAL, "UPE"),
+            Self::Protocol(..) | Self::Coding(..) => (502, grpc::INTERNAL, "UPE"),
+            Self::UnknownCoding => (501, grpc::UNIMPLEMENTED, "NR"),
             Self::Reset(..) => (502, grpc::UNAVAILABLE, "UC"),
             Self::ClientGone => (400, grpc::CANCELLED, "DC"),
         };

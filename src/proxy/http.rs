@@ -7,28 +7,27 @@ mod upgrade;
 use std::convert::Infallible;
 use std::sync::Arc;
 
+use http::header::{CONNECTION, HeaderValue};
 use http::{Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use crate::name::{Authority, Host};
-use crate::proxy::body::{ResponseBody, grpc_status};
+use crate::proxy::body::{ClientBody, ResponseBody, grpc_status};
 use crate::proxy::connection::{Downstream, Security};
 use crate::proxy::cors::Cors;
 use crate::proxy::error::Error;
-use crate::proxy::http::exchange::{Destination, exchange};
+use crate::proxy::http::exchange::{Answered, Destination, exchange};
 use crate::proxy::http::upgrade::Upgrade;
 use crate::proxy::reply::{self, Form};
-use crate::proxy::upstream::Answer;
 use crate::proxy::{Context, own};
-use crate::registry::InFlight;
 use crate::traffic::AccessRecord;
 
 /// Answers one request; whatever goes wrong becomes a response.
 pub(super) async fn answer(
     context: Arc<Context>,
     downstream: Arc<Downstream>,
-    mut request: Request<Incoming>,
+    request: Request<Incoming>,
 ) -> Result<Response<ResponseBody>, Infallible> {
     let path = request.uri().path().to_owned();
     let (client, protocol) = (downstream.client, downstream.protocol(request.version()));
@@ -42,7 +41,11 @@ pub(super) async fn answer(
     let version = request.version();
     let form = Form::of(request.headers());
     let cors = Cors::of(&request, &context.cors, &context.naming.zone);
-    let authority = headers::authority(&request);
+    let authority = headers::authority(&request)
+        .and_then(|authority| headers::check_request_coding(request.headers()).map(|()| authority));
+    let front = (version <= Version::HTTP_11).then(|| downstream.front.clone());
+    let expected = headers::expects_continue(version, request.headers());
+    let mut request = request.map(|body| ClientBody::new(body, front.clone(), expected));
     let upgrade = Upgrade::take(&mut request);
     let answered = match authority {
         Ok(authority) => {
@@ -59,14 +62,15 @@ pub(super) async fn answer(
         }
         Err(error) => Err(error),
     };
-    let response = match (answered, upgrade) {
-        (Ok(Answered::Pod(answer, in_flight)), Some(upgrade))
-            if answer.response.status() == StatusCode::SWITCHING_PROTOCOLS =>
+    let mut response = match (answered, upgrade) {
+        (Ok(By::Pod(answered)), Some(upgrade))
+            if answered.answer.response.status() == StatusCode::SWITCHING_PROTOCOLS =>
         {
-            upgrade.agree(answer.response, in_flight, record, &context.clients)
+            downstream.front.upgrade();
+            upgrade.agree(*answered, downstream, record, &context.clients)
         }
-        (Ok(Answered::Pod(answer, in_flight)), _) => pass_on(answer, in_flight, record),
-        (Ok(Answered::Page(page)), _) => {
+        (Ok(By::Pod(answered)), _) => pass_on(*answered, record),
+        (Ok(By::Page(page)), _) => {
             let asked = own::Asked {
                 downstream: &downstream,
                 version,
@@ -76,12 +80,18 @@ pub(super) async fn answer(
         }
         (Err(error), _) => reply::fail(form, &error, record),
     };
+    if front.is_some_and(|front| front.is_abandoned()) {
+        // The HTTP library closes the connection too, but has no time left to say so (RFC 9112 section 9.6).
+        response
+            .headers_mut()
+            .insert(CONNECTION, HeaderValue::from_static("close"));
+    }
     Ok(cors.complete(response))
 }
 
 /// Who has the answer.
-enum Answered {
-    Pod(Answer, InFlight),
+enum By {
+    Pod(Box<Answered>),
     Page(own::Page),
 }
 
@@ -89,11 +99,11 @@ enum Answered {
 async fn dispatch(
     context: &Context,
     downstream: &Downstream,
-    request: Request<Incoming>,
+    request: Request<ClientBody>,
     cors: &Cors,
     upgrade: Option<&Upgrade>,
     record: &mut AccessRecord,
-) -> Result<Answered, Error> {
+) -> Result<By, Error> {
     let zone = || context.naming.zone.to_string();
     let Authority { host, port } = context.naming.parse(&record.authority)?;
     match host {
@@ -105,12 +115,13 @@ async fn dispatch(
                 port: port.unwrap_or(downstream.default_port()),
                 secure: downstream.security != Security::Cleartext,
             };
-            let (answer, in_flight) = exchange(context, &destination, request, upgrade, record).await?;
-            Ok(Answered::Pod(answer, in_flight))
+            let front = &downstream.front;
+            let answered = exchange(context, &destination, request, upgrade, front, record).await?;
+            Ok(By::Pod(Box::new(answered)))
         }
         Host::Own { literal } => {
             own::admit(literal, downstream.local.ip(), cors)?;
-            own::find(request.method(), &record.path, zone).map(Answered::Page)
+            own::find(request.method(), &record.path, zone).map(By::Page)
         }
         Host::Unknown => Err(Error::UnknownHost {
             host: record.authority.clone(),
@@ -120,14 +131,23 @@ async fn dispatch(
 }
 
 /// Passes a pod's response on to the client.
-fn pass_on(answer: Answer, in_flight: InFlight, mut record: AccessRecord) -> Response<ResponseBody> {
+fn pass_on(answered: Answered, mut record: AccessRecord) -> Response<ResponseBody> {
+    let Answered {
+        answer,
+        unasked,
+        in_flight,
+    } = answered;
     let (mut parts, body) = answer.response.into_parts();
     // A proxy speaks its own version (RFC 9110 section 2.5), and an HTTP/1.0 connection is not kept.
-    let lease = Some(answer.lease).filter(|_| parts.version != Version::HTTP_10);
+    let kept = parts.version != Version::HTTP_10 && unasked.is_none();
+    let lease = if kept { answer.lease } else { answer.lease.retire() };
     parts.version = Version::HTTP_11;
     headers::strip_hop_by_hop(&mut parts.headers);
     record.status = Some(parts.status);
     record.grpc_status = grpc_status(&parts.headers);
     record.first_byte = Some(Instant::now());
-    Response::from_parts(parts, ResponseBody::upstream(body, lease, in_flight, record))
+    Response::from_parts(
+        parts,
+        ResponseBody::upstream(body, lease, unasked, in_flight, record),
+    )
 }

@@ -11,12 +11,16 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream};
-use tracing::warn;
+use tracing::{debug, warn};
 
 use crate::drain::Drain;
+use crate::proxy::admission::{Admission, Admitted};
+use crate::proxy::notice::Notice;
 
-/// The pause after a failed accept: long enough that a lack of file descriptors does not become a busy loop.
+/// The pause after a failed accept: long enough that a lack of file descriptors does not become a busy loop. Each further one
+/// is twice as long, up to the second figure, which is soon enough to go on when descriptors are free again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// When a silent client is first asked whether it is still there, and how often from then on.
 const KEEP_ALIVE: Duration = Duration::from_mins(1);
@@ -158,15 +162,16 @@ impl Listener {
     }
 
     /// Accepts until `drain` starts, and serves each client as a task of it. The sockets are closed at return.
-    pub(super) async fn run<S, F>(self, drain: &Drain, serve: S)
+    pub(super) async fn run<S, F>(self, drain: &Drain, admission: &Admission, serve: S)
     where
-        S: Fn(TcpStream, SocketAddr) -> F,
+        S: Fn(TcpStream, SocketAddr, Admitted) -> F,
         F: Future<Output = ()> + Send + 'static,
     {
+        let failing = Notice::default();
         let loops: FuturesUnordered<_> = self
             .sockets
             .iter()
-            .map(|socket| accept(socket, drain, &serve))
+            .map(|socket| accept(socket, drain, admission, &failing, &serve))
             .collect();
         tokio::select! {
             () = drain.started() => {}
@@ -175,27 +180,51 @@ impl Listener {
     }
 }
 
-async fn accept<S, F>(socket: &TcpListener, drain: &Drain, serve: &S)
+async fn accept<S, F>(socket: &TcpListener, drain: &Drain, admission: &Admission, failing: &Notice, serve: &S)
 where
-    S: Fn(TcpStream, SocketAddr) -> F,
+    S: Fn(TcpStream, SocketAddr, Admitted) -> F,
     F: Future<Output = ()> + Send + 'static,
 {
+    let mut pause = ACCEPT_PAUSE;
     loop {
         match socket.accept().await {
             Ok((stream, client)) => {
+                pause = ACCEPT_PAUSE;
+                // Not before: a place that waits for a client is one less for the other sockets.
+                let place = admission.place().await;
+                let Some(admitted) = admission.admit(place, client.ip()) else {
+                    continue;
+                };
                 // Small frames of HTTP/2 and gRPC must not wait for Nagle's algorithm; a refusal changes nothing else.
                 let _ = stream.set_nodelay(true);
                 // A client that vanished must not hold a stream for ever.
                 let probes = TcpKeepalive::new().with_time(KEEP_ALIVE).with_interval(PROBE);
                 let _ = SockRef::from(&stream).set_tcp_keepalive(&probes);
-                drain.spawn(serve(stream, client));
+                drain.spawn(serve(stream, client, admitted));
+            }
+            Err(error) if is_of_one_connection(&error) => {
+                debug!(%error, "a client left before it was accepted")
             }
             Err(error) => {
-                warn!(%error, "cannot accept a connection");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
+                if failing.due().is_some() {
+                    warn!(
+                        %error,
+                        "cannot accept connections, further ones wait; raise the limit of open files (ulimit -n) or lower --max-connections"
+                    );
+                }
+                tokio::time::sleep(pause).await;
+                pause = (2 * pause).min(LONGEST_PAUSE);
             }
         }
     }
+}
+
+/// Whether a failed accept is about the connection that was to be accepted, and says nothing of the next one (accept(2)).
+fn is_of_one_connection(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted
+    )
 }
 
 /// Binds without tokio's default dual stack on `[::]`, so that the IPv4 socket of the same port is no conflict.

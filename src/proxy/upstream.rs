@@ -25,6 +25,7 @@ use tracing::{debug, warn};
 
 use crate::drain::Drain;
 use crate::proxy::error::Error;
+use crate::proxy::notice::Notice;
 use crate::proxy::replay::RequestBody;
 use crate::proxy::upstream::cause::Cause;
 use crate::tls::{self, Trust};
@@ -147,6 +148,10 @@ struct Shared {
     connect: Arc<dyn Connect>,
     /// The client's side of TLS, for either version of HTTP.
     tls: PodTls,
+    /// How many HTTP/1.1 connections a port of a pod may have.
+    connections_per_pod: usize,
+    /// For the warning that one has them all.
+    full: Notice,
     drain: Drain,
 }
 
@@ -241,13 +246,22 @@ impl fmt::Debug for Upstream {
 }
 
 impl Upstream {
-    /// Makes empty pools over `connect`; connections unused for `idle_timeout` are closed. Its tasks run under `drain`.
+    /// Makes empty pools over `connect`; connections unused for `idle_timeout` are closed, and a port of a pod has
+    /// `connections_per_pod` of HTTP/1.1 at most. Its tasks run under `drain`.
     #[must_use]
-    pub(crate) fn new(connect: Arc<dyn Connect>, tls: PodTls, idle_timeout: Duration, drain: &Drain) -> Self {
+    pub(crate) fn new(
+        connect: Arc<dyn Connect>,
+        tls: PodTls,
+        idle_timeout: Duration,
+        connections_per_pod: usize,
+        drain: &Drain,
+    ) -> Self {
         let this = Self {
             shared: Arc::new(Shared {
                 connect,
                 tls,
+                connections_per_pod,
+                full: Notice::default(),
                 drain: drain.clone(),
             }),
             pools: Arc::default(),
@@ -356,7 +370,10 @@ impl Upstream {
             return pool.clone();
         }
         let pool = match peer.wire {
-            Wire::Http1 | Wire::Http1Tls => Pool::Http1(Arc::new(http1::Pool::new(peer.clone()))),
+            Wire::Http1 | Wire::Http1Tls => {
+                let places = self.shared.connections_per_pod;
+                Pool::Http1(Arc::new(http1::Pool::new(peer.clone(), places)))
+            }
             Wire::H2c | Wire::H2 => Pool::Http2(Arc::new(http2::Pool::new(peer.clone()))),
         };
         pools.insert(peer.clone(), pool.clone());

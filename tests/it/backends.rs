@@ -18,7 +18,7 @@ use crate::client::{Client, Reply, fetch, get};
 const WEB: &str = "web.shop.svc.cluster.local";
 
 /// A backend that answers each connection's first request with `answer` and closes.
-async fn scripted(answer: &'static [u8]) -> (SocketAddr, Arc<AtomicUsize>) {
+pub(crate) async fn scripted(answer: &'static [u8]) -> (SocketAddr, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let seen = Arc::new(AtomicUsize::new(0));
@@ -38,7 +38,7 @@ async fn scripted(answer: &'static [u8]) -> (SocketAddr, Arc<AtomicUsize>) {
     (address, seen)
 }
 
-fn behind(cluster: &FakeCluster, address: SocketAddr) -> Workload {
+pub(crate) fn behind(cluster: &FakeCluster, address: SocketAddr) -> Workload {
     cluster
         .workload("shop", "web")
         .port("http", 80, 8080)
@@ -48,7 +48,7 @@ fn behind(cluster: &FakeCluster, address: SocketAddr) -> Workload {
 }
 
 /// Sends a request as bytes and returns everything that comes back.
-async fn raw(proxy: SocketAddr, request: &str) -> String {
+pub(crate) async fn raw(proxy: SocketAddr, request: &str) -> String {
     let mut stream = TcpStream::connect(proxy).await.unwrap();
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut answer = Vec::new();

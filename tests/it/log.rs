@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::app::web;
 use crate::client::fetch;
-use crate::program::{Lines, Running, kubeconfig, path, program};
+use crate::program::{Lines, Running, address, kubeconfig, path, program};
 
 /// Starts the program on a free port of 127.0.0.1.
 pub(crate) async fn start(cluster: &FakeCluster, flags: &[&str]) -> (Running, Lines, SocketAddr) {
@@ -18,13 +18,8 @@ pub(crate) async fn start(cluster: &FakeCluster, flags: &[&str]) -> (Running, Li
     let log = Lines::new(running.0.stderr.take().unwrap())
         .until("listening")
         .await;
-    let address = log.seen.last().unwrap().split("127.0.0.1:").nth(1).unwrap();
-    let port: String = address.chars().take_while(char::is_ascii_digit).collect();
-    (
-        running,
-        log,
-        SocketAddr::from(([127, 0, 0, 1], port.parse().unwrap())),
-    )
+    let address = address(&log);
+    (running, log, address)
 }
 
 /// Serves one good and one failing request and returns the lines of the log.

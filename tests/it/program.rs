@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -89,6 +90,13 @@ pub(crate) fn kubeconfig(text: &str) -> tempfile::NamedTempFile {
 
 pub(crate) fn path(file: &tempfile::NamedTempFile) -> &str {
     file.path().to_str().unwrap()
+}
+
+/// Reads the address of 127.0.0.1 out of the last line, which says that the program listens there.
+pub(crate) fn address(log: &Lines) -> SocketAddr {
+    let address = log.seen.last().unwrap().split("127.0.0.1:").nth(1).unwrap();
+    let port: String = address.chars().take_while(char::is_ascii_digit).collect();
+    SocketAddr::from(([127, 0, 0, 1], port.parse().unwrap()))
 }
 
 /// The log of a running program.

@@ -141,7 +141,7 @@ async fn a_backend_that_does_not_agree_answers_as_usual() {
 }
 
 /// Reads one HTTP/2 frame: its type, flags, stream and payload.
-async fn frame(stream: &mut TcpStream) -> (u8, u8, u32, Vec<u8>) {
+pub(crate) async fn frame(stream: &mut TcpStream) -> (u8, u8, u32, Vec<u8>) {
     let mut header = [0; 9];
     stream.read_exact(&mut header).await.unwrap();
     let length = header[..3]

@@ -4,15 +4,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::request::Parts;
-use http::{Method, Request};
+use http::{Method, Request, StatusCode, Version};
 use http_body::Body;
-use hyper::body::Incoming;
 use tokio::time::Instant;
+use tokio_util::sync::DropGuard;
 use tracing::debug;
 
 use crate::name::ServiceName;
 use crate::proxy::Context;
+use crate::proxy::body::ClientBody;
 use crate::proxy::error::Error;
+use crate::proxy::front::Front;
 use crate::proxy::http::headers;
 use crate::proxy::http::upgrade::Upgrade;
 use crate::proxy::replay::{Replay, RequestBody};
@@ -33,6 +35,14 @@ pub(super) struct Destination {
     pub(super) secure: bool,
 }
 
+/// What a pod answered, and what lives as long as its answer.
+pub(super) struct Answered {
+    pub(super) answer: Answer,
+    /// Ends a request whose body the pod did not ask for; its connection is of no further use.
+    pub(super) unasked: Option<DropGuard>,
+    pub(super) in_flight: InFlight,
+}
+
 /// Sends the request to one endpoint after the other until one answers or nothing is left to try.
 ///
 /// An endpoint that has not failed yet is tried at once; when all have, the policy's pause comes before the next round. A
@@ -40,12 +50,13 @@ pub(super) struct Destination {
 pub(super) async fn exchange(
     context: &Context,
     destination: &Destination,
-    request: Request<Incoming>,
+    request: Request<ClientBody>,
     upgrade: Option<&Upgrade>,
+    front: &Arc<Front>,
     record: &mut AccessRecord,
-) -> Result<(Answer, InFlight), Error> {
+) -> Result<Answered, Error> {
     let grpc = reply::is_grpc(request.headers());
-    let mut pending = Pending::new(request, upgrade.is_some(), record);
+    let mut pending = Pending::new(request, upgrade.is_some(), front, record);
     if context.forwarded_headers {
         headers::add_forwarded(
             &mut pending.head,
@@ -123,11 +134,16 @@ pub(super) async fn exchange(
                     "pod answered"
                 );
                 record.reused = Some(answer.reused);
-                pending.give_up();
+                let unasked = pending.give_up();
                 if choice.undecided {
                     context.upstream.learn(&target, wire);
                 }
-                return Ok((answer, in_flight));
+                headers::check_coding(&answer.response).map_err(|coding| Error::Coding(target, coding))?;
+                return Ok(Answered {
+                    answer,
+                    unasked,
+                    in_flight,
+                });
             }
             Err(failure) => failure,
         };
@@ -263,17 +279,22 @@ struct Pending {
     head: Parts,
     /// Its body, if it has one.
     body: Option<Replay>,
+    /// Takes the interim responses, if the client may get any.
+    front: Option<Arc<Front>>,
 }
 
 impl Pending {
     /// `upgrading`: what follows the head is no body, but the bytes of another protocol.
-    fn new(request: Request<Incoming>, upgrading: bool, record: &AccessRecord) -> Self {
+    fn new(request: Request<ClientBody>, upgrading: bool, front: &Arc<Front>, record: &AccessRecord) -> Self {
         let (mut head, body) = request.into_parts();
         headers::strip_hop_by_hop(&mut head.headers);
         let body = Some(body).filter(|body| !upgrading && !body.is_end_stream());
+        let expected = headers::expects_continue(head.version, &head.headers);
+        let front = (head.version == Version::HTTP_11).then(|| front.clone());
         Self {
             head,
-            body: body.map(|body| Replay::new(body, record.received.clone())),
+            body: body.map(|body| Replay::new(body, expected, record.received.clone())),
+            front,
         }
     }
 
@@ -288,10 +309,20 @@ impl Pending {
         if let Some(upgrade) = upgrade {
             upgrade.write(&mut head.headers);
         }
-        Request::from_parts(
-            head,
-            self.body.as_ref().map_or_else(RequestBody::empty, Replay::body),
-        )
+        let (body, asked) = match &self.body {
+            Some(body) => body.body(),
+            None => (RequestBody::empty(), None),
+        };
+        let mut request = Request::from_parts(head, body);
+        let front = self.front.clone();
+        // Not called for HTTP/2, whose interim responses the HTTP library does not hand out.
+        hyper::ext::on_informational(&mut request, move |interim| match (&asked, &front) {
+            // Reading the body makes the server's side say so to the client.
+            (Some(asked), _) if interim.status() == StatusCode::CONTINUE => asked.cancel(),
+            (_, Some(front)) => front.interim(interim.status(), interim.headers()),
+            (_, None) => {}
+        });
+        request
     }
 
     /// Returns whether the request can be sent again as a whole.
@@ -302,10 +333,8 @@ impl Pending {
         }
     }
 
-    /// Ends the keeping of what was sent: the answer is there.
-    fn give_up(&self) {
-        if let Some(body) = &self.body {
-            body.give_up();
-        }
+    /// Ends the keeping of what was sent: the answer is there. See [`Replay::give_up`].
+    fn give_up(&self) -> Option<DropGuard> {
+        self.body.as_ref().and_then(Replay::give_up)
     }
 }

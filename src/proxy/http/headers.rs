@@ -4,12 +4,13 @@
 use std::net::IpAddr;
 
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, COOKIE, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRAILER,
+    CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRAILER,
     TRANSFER_ENCODING, UPGRADE, VIA,
 };
 use http::request::Parts;
 use http::uri::{PathAndQuery, Scheme, Uri};
-use http::{Method, Request, Version};
+use http::{Method, Request, Response, Version};
+use http_body::Body;
 
 use crate::proxy::error::Error;
 use crate::proxy::http::upgrade::is_extended_connect;
@@ -48,6 +49,38 @@ pub(super) fn authority<B>(request: &Request<B>) -> Result<String, Error> {
         return Err(Error::BadRequest("the target may not name a user"));
     }
     Ok(authority.to_owned())
+}
+
+/// Reports whether the client waits to be told to send its body. HTTP/1.0 knows no such wait (RFC 9110 section 10.1.1).
+pub(super) fn expects_continue(version: Version, headers: &HeaderMap) -> bool {
+    version != Version::HTTP_10 && lists(headers, EXPECT, "100-continue")
+}
+
+/// Refuses a request whose body is coded in a way that the HTTP library does not undo: without the field that says so, it
+/// would be another body (RFC 9112 section 6.1).
+pub(super) fn check_request_coding(headers: &HeaderMap) -> Result<(), Error> {
+    match foreign_coding(headers) {
+        None => Ok(()),
+        Some(_) => Err(Error::UnknownCoding),
+    }
+}
+
+/// The same for a response with a body; fails with the codings.
+pub(super) fn check_coding<B: Body>(response: &Response<B>) -> Result<(), String> {
+    match foreign_coding(response.headers()) {
+        Some(coding) if !response.body().is_end_stream() => Err(coding),
+        _ => Ok(()),
+    }
+}
+
+/// Returns the transfer codings of a message unless they are `chunked` alone.
+fn foreign_coding(headers: &HeaderMap) -> Option<String> {
+    let all = headers.get_all(TRANSFER_ENCODING).iter();
+    let codings: Vec<_> = all
+        .map(|value| String::from_utf8_lossy(value.as_bytes()))
+        .collect();
+    let codings = codings.join(", ");
+    (!codings.is_empty() && !codings.trim().eq_ignore_ascii_case("chunked")).then_some(codings)
 }
 
 /// Reports whether a list-valued field has this member, in any case.
@@ -261,6 +294,29 @@ mod tests {
         let mut map = headers(&[("transfer-encoding", "chunked"), ("content-length", "3")]);
         strip_hop_by_hop(&mut map);
         assert!(map.is_empty(), "{map:?}");
+    }
+
+    #[test]
+    fn only_chunked_alone_is_a_coding_that_passes() {
+        for coding in ["chunked", "Chunked "] {
+            assert_eq!(
+                foreign_coding(&headers(&[("transfer-encoding", coding)])),
+                None,
+                "{coding}"
+            );
+        }
+        assert_eq!(foreign_coding(&headers(&[])), None);
+        for coding in [
+            "gzip, chunked",
+            "gzip",
+            "identity",
+            "chunked, chunked",
+            "chunked;q=1",
+        ] {
+            assert!(foreign_coding(&headers(&[("transfer-encoding", coding)])).is_some());
+        }
+        let split = headers(&[("transfer-encoding", "gzip"), ("transfer-encoding", "chunked")]);
+        assert_eq!(foreign_coding(&split).as_deref(), Some("gzip, chunked"));
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! Requests that leave HTTP: `Upgrade` of HTTP/1.1 (WebSocket above all, RFC 9110 section 7.8) and extended CONNECT of HTTP/2
 //! (RFC 8441). Towards the pod both are an HTTP/1.1 Upgrade; after it the bytes pass both ways untouched.
 
+use std::sync::Arc;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
@@ -8,7 +10,6 @@ use http::header::{
     CONNECTION, HeaderMap, HeaderName, HeaderValue, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE,
 };
 use http::{Method, Request, Response, StatusCode};
-use hyper::body::Incoming;
 use hyper::ext::Protocol;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
@@ -17,7 +18,10 @@ use tokio::time::Instant;
 
 use crate::drain::Drain;
 use crate::proxy::body::{BoxError, ResponseBody};
+use crate::proxy::connection::Downstream;
+use crate::proxy::http::exchange::Answered;
 use crate::proxy::http::headers;
+use crate::proxy::upstream::{Answer, Lease};
 use crate::registry::InFlight;
 use crate::traffic::{AccessRecord, Outcome};
 
@@ -36,7 +40,7 @@ pub(super) struct Upgrade {
 
 impl Upgrade {
     /// Takes the wish out of a request, if it has one, and makes the request one that HTTP/1.1 can carry.
-    pub(super) fn take(request: &mut Request<Incoming>) -> Option<Self> {
+    pub(super) fn take<B>(request: &mut Request<B>) -> Option<Self> {
         if let Some(protocol) = request.extensions_mut().remove::<Protocol>() {
             let protocol = HeaderValue::from_str(protocol.as_str()).ok()?;
             let client = hyper::upgrade::on(&mut *request);
@@ -80,11 +84,17 @@ impl Upgrade {
     /// Passes the pod's agreement on, and from then on the bytes of both sides, as a task of `drain`.
     pub(super) fn agree(
         self,
-        mut response: Response<Incoming>,
-        in_flight: InFlight,
+        answered: Answered,
+        downstream: Arc<Downstream>,
         mut record: AccessRecord,
         drain: &Drain,
     ) -> Response<ResponseBody> {
+        let Answered {
+            answer, in_flight, ..
+        } = answered;
+        let Answer {
+            mut response, lease, ..
+        } = answer;
         let pod = hyper::upgrade::on(&mut response);
         let (mut parts, _) = response.into_parts();
         let protocol = parts.headers.get(UPGRADE).cloned().unwrap_or(self.protocol);
@@ -100,13 +110,18 @@ impl Upgrade {
         }
         record.status = Some(parts.status);
         record.first_byte = Some(Instant::now());
-        drain.spawn(join(self.client, pod, in_flight, record));
+        drain.spawn(join(self.client, pod, (downstream, lease, in_flight), record));
         Response::from_parts(parts, ResponseBody::own(Bytes::new()))
     }
 }
 
 /// Copies both ways until both sides have ended. The record is emitted then, and the pod counts as busy until then.
-async fn join(client: OnUpgrade, pod: OnUpgrade, _in_flight: InFlight, mut record: AccessRecord) {
+async fn join(
+    client: OnUpgrade,
+    pod: OnUpgrade,
+    _held: (Arc<Downstream>, Lease, InFlight),
+    mut record: AccessRecord,
+) {
     match splice(client, pod).await {
         Ok((received, sent)) => {
             record

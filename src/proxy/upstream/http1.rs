@@ -2,16 +2,17 @@
 //!
 //! A request that finds no idle connection waits for the first of two: a connection that another request gives back, or
 //! one that is being opened for it. Openings belong to the pool, not to the request that caused them, so that a client that
-//! leaves wastes none, and only a few run at a time, so that a burst of first requests is no burst of handshakes.
+//! leaves wastes none, and only a few run at a time, so that a burst of first requests is no burst of handshakes. When the pod
+//! has as many connections as it may have, the requests wait in order for one to come back or to end.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::Instant;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use crate::proxy::replay::RequestBody;
 use crate::proxy::upstream::cause::{Cause, Noted};
@@ -30,11 +31,15 @@ const MAX_IDLE: usize = 64;
 pub(super) struct Connection {
     pub(super) sender: SendRequest<RequestBody>,
     pub(super) cause: Cause,
+    /// Its place among those that the pod may have.
+    _place: OwnedSemaphorePermit,
 }
 
 /// The connections to one port of one pod.
 pub(super) struct Pool {
     peer: Peer,
+    /// Places for further connections.
+    places: Arc<Semaphore>,
     state: Mutex<State>,
     /// How many connections there are.
     open: Arc<Load>,
@@ -53,9 +58,11 @@ struct State {
 }
 
 impl Pool {
-    pub(super) fn new(peer: Peer) -> Self {
+    /// Makes an empty pool for so many connections at most.
+    pub(super) fn new(peer: Peer, places: usize) -> Self {
         Self {
             peer,
+            places: Arc::new(Semaphore::new(places)),
             state: Mutex::default(),
             open: Arc::default(),
         }
@@ -84,6 +91,7 @@ impl Pool {
                 let opening = Opening {
                     pool: self.clone(),
                     shared: shared.clone(),
+                    counted: true,
                 };
                 shared.drain.spawn(opening.run());
             }
@@ -97,7 +105,27 @@ impl Pool {
         lock(&self.state).hand_over(connection, true);
     }
 
-    async fn connect(&self, shared: &Arc<Shared>) -> Result<Connection, ConnectError> {
+    /// Waits until the pod may have another connection.
+    async fn place(&self, shared: &Shared) -> OwnedSemaphorePermit {
+        if let Ok(place) = self.places.clone().try_acquire_owned() {
+            return place;
+        }
+        if shared.full.due().is_some() {
+            warn!(
+                target = %self.peer.target,
+                limit = shared.connections_per_pod,
+                "every connection to a pod is in use, further requests wait; --max-connections-per-pod allows more"
+            );
+        }
+        let place = self.places.clone().acquire_owned().await;
+        place.expect("the semaphore is never closed")
+    }
+
+    async fn connect(
+        &self,
+        shared: &Arc<Shared>,
+        place: OwnedSemaphorePermit,
+    ) -> Result<Connection, ConnectError> {
         let stream = shared.open(&self.peer).await?;
         let cause = Cause::default();
         let (sender, connection) = http1::Builder::new()
@@ -114,7 +142,11 @@ impl Pool {
                 debug!(endpoint = %target, %error, "connection to the pod ended");
             }
         });
-        Ok(Connection { sender, cause })
+        Ok(Connection {
+            sender,
+            cause,
+            _place: place,
+        })
     }
 
     /// Returns how many connections there are.
@@ -137,6 +169,18 @@ impl Pool {
 }
 
 impl State {
+    /// Ends an opening if there are more of them than requests that wait. It is no longer counted then, so that a request
+    /// that comes next starts one of its own.
+    fn ends(&mut self, counted: &mut bool) -> bool {
+        self.waiting.retain(|waiting| !waiting.is_closed());
+        if self.waiting.len() >= self.opening {
+            return false;
+        }
+        self.opening -= 1;
+        *counted = false;
+        true
+    }
+
     /// Gives a connection to the first request that still waits, or keeps it.
     fn hand_over(&mut self, connection: Connection, used: bool) {
         let mut connection = connection;
@@ -157,13 +201,19 @@ impl State {
 struct Opening {
     pool: Arc<Pool>,
     shared: Arc<Shared>,
+    /// Whether it still is.
+    counted: bool,
 }
 
 impl Opening {
     /// Opens connections until as many openings run as requests wait.
-    async fn run(self) {
+    async fn run(mut self) {
         loop {
-            let opened = self.pool.connect(&self.shared).await;
+            let place = self.pool.place(&self.shared).await;
+            if lock(&self.pool.state).ends(&mut self.counted) {
+                return; // what was waited for has come back meanwhile
+            }
+            let opened = self.pool.connect(&self.shared, place).await;
             let mut state = lock(&self.pool.state);
             match opened {
                 Ok(connection) => state.hand_over(connection, false),
@@ -179,8 +229,7 @@ impl Opening {
                     }
                 }
             }
-            state.waiting.retain(|waiting| !waiting.is_closed());
-            if state.waiting.len() < state.opening {
+            if state.ends(&mut self.counted) {
                 return;
             }
         }
@@ -189,11 +238,14 @@ impl Opening {
 
 impl Drop for Opening {
     fn drop(&mut self) {
+        if !self.counted {
+            return;
+        }
+        // Cut off by shutdown or a panic.
         let mut state = lock(&self.pool.state);
         state.opening -= 1;
         if state.opening == 0 {
-            // Nobody is left to serve them: either there are none, or this was cut off by shutdown or a panic.
-            state.waiting.clear();
+            state.waiting.clear(); // nobody is left to serve them
         }
     }
 }

@@ -14,6 +14,10 @@ pub(crate) struct Lease(Held);
 
 enum Held {
     Http1(Box<(Arc<Pool>, Connection, Drain)>),
+    Retired(
+        #[expect(dead_code, reason = "counts the connection for as long as it lives")]
+        Box<(Arc<Pool>, Connection, Drain)>,
+    ),
     Http2(#[expect(dead_code, reason = "counts the stream for as long as it lives")] Slot),
 }
 
@@ -21,6 +25,7 @@ impl fmt::Debug for Held {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Http1(_) => "Http1",
+            Self::Retired(_) => "Retired",
             Self::Http2(_) => "Http2",
         })
     }
@@ -33,6 +38,14 @@ impl Lease {
 
     pub(super) fn http2(slot: Slot) -> Self {
         Self(Held::Http2(slot))
+    }
+
+    /// Gives up the use of the connection for anything else; it still counts until this is dropped.
+    pub(crate) fn retire(self) -> Self {
+        match self.0 {
+            Held::Http1(held) => Self(Held::Retired(held)),
+            held => Self(held),
+        }
     }
 
     /// Gives the connection back, to be called when the response's body has been read to its end.
