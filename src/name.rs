@@ -4,7 +4,7 @@
 //! `hostname.service.namespace.svc.zone`) and the short forms that a pod's search list makes of them.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -182,7 +182,15 @@ impl Naming {
     }
 
     fn parse_host(&self, host: &str) -> Result<Host, NameError> {
-        if host.is_empty() || host.starts_with('[') || host.parse::<IpAddr>().is_ok() {
+        if let Some(literal) = host.strip_prefix('[') {
+            // Nothing but an IPv6 address stands in brackets (RFC 3986 section 3.2.2).
+            let inner = literal.strip_suffix(']').unwrap_or_default();
+            return match inner.parse::<Ipv6Addr>() {
+                Ok(_) => Ok(Host::Own),
+                Err(_) => Err(NameError::Host(host.into())),
+            };
+        }
+        if host.is_empty() || host.parse::<Ipv4Addr>().is_ok() {
             return Ok(Host::Own);
         }
         let lower = host.to_ascii_lowercase();
@@ -190,14 +198,14 @@ impl Naming {
         if name.len() > MAX_NAME {
             return Err(NameError::TooLong);
         }
-        if name == "localhost" || name.ends_with(".localhost") {
-            return Ok(Host::Own);
-        }
         if !name
             .bytes()
             .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'))
         {
             return Err(NameError::Host(host.into()));
+        }
+        if name == "localhost" || name.ends_with(".localhost") {
+            return Ok(Host::Own);
         }
         self.parse_name(name)
     }
@@ -377,6 +385,9 @@ mod tests {
             "web.shop:+80",
             "web.shop:http",
             "::1",
+            "[::1",
+            "[web.shop]:80",
+            "a/b.localhost",
             "user@web.shop",
         ] {
             assert!(parse(bad).is_err(), "{bad} was accepted: {:?}", parse(bad));
