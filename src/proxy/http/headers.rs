@@ -25,7 +25,7 @@ const HOP_BY_HOP: [HeaderName; 5] = [
 ];
 
 /// Finds the authority that a request is for: that of the target wins over `Host` (RFC 9112 section 3.2.2).
-pub(super) fn authority<B>(request: &Request<B>) -> Result<String, Error> {
+pub(in crate::proxy) fn authority<B>(request: &Request<B>) -> Result<String, Error> {
     if request.method() == Method::CONNECT && !is_extended_connect(request) {
         return Err(Error::BadRequest("CONNECT is not served on this port"));
     }
