@@ -25,7 +25,7 @@ use rustls::ServerConfig;
 use crate::drain::Drain;
 use crate::name::Naming;
 use crate::registry::{Cursor, Registry};
-use crate::transport::Connect;
+use crate::transport::{Connect, Stream};
 
 pub use cors::AllowOrigin;
 pub use error::{Error, Reply};
@@ -127,6 +127,16 @@ impl Proxy {
     #[must_use]
     pub fn addresses(&self) -> Vec<SocketAddr> {
         self.listener.addresses()
+    }
+
+    /// Serves one client on a stream of any make until it ends, as [`run`](Self::run) does on each that it accepts: what
+    /// tests and fuzz targets do without a socket.
+    #[doc(hidden)]
+    pub fn serve<S>(&self, stream: S, client: SocketAddr) -> impl Future<Output = ()> + Send + use<S>
+    where
+        S: Stream + 'static,
+    {
+        connection::serve(self.context.clone(), stream, client)
     }
 
     /// Accepts clients until their drain starts. Their connections go on until they end or the drain is forced.

@@ -12,7 +12,6 @@ use hyper::service::service_fn;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tracing::{debug, info};
 
@@ -79,7 +78,10 @@ impl Downstream {
 }
 
 /// Serves one client.
-pub(super) async fn serve(context: Arc<Context>, stream: TcpStream, client: SocketAddr) {
+pub(super) async fn serve<S>(context: Arc<Context>, stream: S, client: SocketAddr)
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
     let Some((protocol, stream)) = detect(&context, stream, client).await else {
         return;
     };
@@ -121,7 +123,10 @@ async fn detect<S: AsyncRead + Unpin>(
 }
 
 /// Ends TLS and serves what is inside. A client that agreed on no protocol is told apart by its first bytes once more.
-async fn serve_tls(context: Arc<Context>, stream: Prefixed<TcpStream>, client: SocketAddr) {
+async fn serve_tls<S>(context: Arc<Context>, stream: S, client: SocketAddr)
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
     let accepting = TlsAcceptor::from(context.tls.clone()).accept(stream);
     let stream = match tokio::time::timeout(context.header_timeout, accepting).await {
         Ok(Ok(stream)) => stream,
