@@ -74,8 +74,13 @@ pub(super) fn first_stream<B>(request: &Request<B>) -> Bytes {
     fields.remove(SETTINGS_FIELD);
     fields.remove(HOST);
     let authority = headers::authority(request).expect("a request without an authority does not get here");
-    let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
-    let block = header_block(request.method().as_str(), path, authority.as_bytes(), &fields);
+    let path = headers::path_and_query(request.uri());
+    let block = header_block(
+        request.method().as_str(),
+        path.as_str(),
+        authority.as_bytes(),
+        &fields,
+    );
     let mut frame = BytesMut::with_capacity(FRAME_HEADER + block.len());
     frame.put_uint(block.len() as u64, 3);
     frame.put_u8(HEADERS);
