@@ -4,7 +4,7 @@
 //! `hostname.service.namespace.svc.zone`) and the short forms that a pod's search list makes of them.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -185,16 +185,17 @@ impl Naming {
     }
 
     fn parse_host(&self, host: &str) -> Result<Host, NameError> {
-        if let Some(inside) = host.strip_prefix('[') {
-            let literal = inside
-                .strip_suffix(']')
-                .and_then(|inside| inside.parse::<Ipv6Addr>().ok());
-            let literal = literal.ok_or_else(|| NameError::Host(host.into()))?;
-            return Ok(Host::Own {
-                literal: Some(literal.into()),
-            });
+        if let Some(literal) = host.strip_prefix('[') {
+            // Nothing but an IPv6 address stands in brackets (RFC 3986 section 3.2.2).
+            let inner = literal.strip_suffix(']').unwrap_or_default();
+            return match inner.parse::<Ipv6Addr>() {
+                Ok(address) => Ok(Host::Own {
+                    literal: Some(address.into()),
+                }),
+                Err(_) => Err(NameError::Host(host.into())),
+            };
         }
-        let literal = host.parse::<IpAddr>().ok();
+        let literal = host.parse::<Ipv4Addr>().ok().map(IpAddr::from);
         if host.is_empty() || literal.is_some() {
             return Ok(Host::Own { literal });
         }
@@ -203,14 +204,14 @@ impl Naming {
         if name.len() > MAX_NAME {
             return Err(NameError::TooLong);
         }
-        if name == "localhost" || name.ends_with(".localhost") {
-            return Ok(Host::Own { literal: None });
-        }
         if !name
             .bytes()
             .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'))
         {
             return Err(NameError::Host(host.into()));
+        }
+        if name == "localhost" || name.ends_with(".localhost") {
+            return Ok(Host::Own { literal: None });
         }
         self.parse_name(name)
     }
@@ -395,6 +396,9 @@ mod tests {
             "[localhost]",
             "[::1]x",
             "[127.0.0.1]",
+            "[::1",
+            "[web.shop]:80",
+            "a/b.localhost",
             "user@web.shop",
         ] {
             assert!(parse(bad).is_err(), "{bad} was accepted: {:?}", parse(bad));

@@ -33,7 +33,7 @@ use crate::name::Naming;
 use crate::proxy::admission::Admission;
 use crate::registry::{Balancer, Registry};
 use crate::traffic::Requests;
-use crate::transport::Connect;
+use crate::transport::{Connect, Stream};
 
 pub use cors::AllowOrigin;
 pub use error::{Error, Reply};
@@ -151,6 +151,20 @@ impl Proxy {
         self.listener.addresses()
     }
 
+    /// Serves one client on a stream of any make until it ends, as [`run`](Self::run) does on each that it accepts: what
+    /// tests and fuzz targets do without a socket.
+    #[doc(hidden)]
+    pub fn serve<S>(&self, stream: S, client: SocketAddr) -> impl Future<Output = ()> + Send + use<S>
+    where
+        S: Stream + 'static,
+    {
+        let ends = connection::Ends {
+            client,
+            local: self.addresses().first().copied().unwrap_or(client),
+        };
+        connection::serve(self.context.clone(), stream, ends, None)
+    }
+
     /// Accepts clients until their drain starts. Their connections go on until they end or the drain is forced.
     pub async fn run(self) {
         let Self { listener, context } = self;
@@ -161,7 +175,15 @@ impl Proxy {
         listener
             .run(&clients, &admission, move |stream, client, admitted| {
                 let context = context.clone();
-                async move { connection::serve(context, stream, client, admitted).await }
+                async move {
+                    match stream.local_addr() {
+                        Ok(local) => {
+                            let ends = connection::Ends { client, local };
+                            connection::serve(context, stream, ends, Some(admitted)).await;
+                        }
+                        Err(error) => debug!(%client, %error, "closed: the connection has ended already"),
+                    }
+                }
             })
             .await;
     }

@@ -13,7 +13,6 @@ use hyper::service::service_fn;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tracing::{debug, info};
 
@@ -33,6 +32,15 @@ const CONNECTION_WINDOW: u32 = 8 << 20;
 const PING_AFTER: Duration = Duration::from_mins(1);
 const PING_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// The two ends of a client's connection.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ends {
+    /// The client's address.
+    pub(super) client: SocketAddr,
+    /// Ours.
+    pub(super) local: SocketAddr,
+}
+
 /// What is known of a client's connection.
 #[derive(Debug)]
 pub(super) struct Downstream {
@@ -44,8 +52,8 @@ pub(super) struct Downstream {
     pub(super) security: Security,
     /// The stream below HTTP/1.1; of no meaning to requests over HTTP/2.
     pub(super) front: Arc<Front>,
-    /// Counts it for as long as anything of it lives.
-    _admitted: Admitted,
+    /// Counts it for as long as anything of it lives, if it came to a listener.
+    _admitted: Option<Admitted>,
 }
 
 /// Whether a connection is protected.
@@ -83,15 +91,16 @@ impl Downstream {
 }
 
 /// Serves one client.
-pub(super) async fn serve(context: Arc<Context>, stream: TcpStream, client: SocketAddr, admitted: Admitted) {
-    let Ok(local) = stream.local_addr() else {
-        return debug!(%client, "closed: the connection has ended already");
-    };
+pub(super) async fn serve<S>(context: Arc<Context>, stream: S, ends: Ends, admitted: Option<Admitted>)
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let Ends { client, local } = ends;
     let Some((protocol, stream)) = detect(&context, stream, client).await else {
         return;
     };
     if protocol == Protocol::Tls {
-        boxed(|| serve_tls(context, stream, client, local, admitted)).await;
+        boxed(|| serve_tls(context, stream, ends, admitted)).await;
     } else {
         let downstream = Downstream {
             client,
@@ -131,13 +140,11 @@ async fn detect<S: AsyncRead + Unpin>(
 }
 
 /// Ends TLS and serves what is inside. A client that agreed on no protocol is told apart by its first bytes once more.
-async fn serve_tls(
-    context: Arc<Context>,
-    stream: Prefixed<TcpStream>,
-    client: SocketAddr,
-    local: SocketAddr,
-    admitted: Admitted,
-) {
+async fn serve_tls<S>(context: Arc<Context>, stream: S, ends: Ends, admitted: Option<Admitted>)
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let Ends { client, local } = ends;
     let (timeout, acceptor) = (context.header_timeout, TlsAcceptor::from(context.tls.clone()));
     let accepting = boxed(|| tokio::time::timeout(timeout, acceptor.accept(stream)));
     let stream = match accepting.await {

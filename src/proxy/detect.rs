@@ -60,8 +60,10 @@ fn sniff_http(bytes: &[u8]) -> Option<Protocol> {
     if common == bytes.len() {
         return None;
     }
-    // HTTP/1: a method, which is a token, and a space (RFC 9112 section 3).
-    match bytes.iter().position(|&byte| !is_token(byte)) {
+    // HTTP/1: a method, which is a token, and a space (RFC 9112 section 3). What lies behind the longest method must not
+    // count: whether it is there already depends on how the bytes were split.
+    let mut decisive = bytes.iter().take(LONGEST_METHOD + 1);
+    match decisive.position(|&byte| !is_token(byte)) {
         Some(end) if end > 0 && bytes[end] == b' ' => Some(Protocol::Http1),
         Some(_) => Some(Protocol::Unknown),
         None if bytes.len() > LONGEST_METHOD => Some(Protocol::Unknown),
@@ -172,7 +174,7 @@ mod tests {
 
     #[test]
     fn each_protocol_is_known_by_its_first_bytes() {
-        let cases: [(&[u8], Option<Protocol>); 13] = [
+        let cases: [(&[u8], Option<Protocol>); 15] = [
             (b"GET / HTTP/1.1\r\n", Some(Protocol::Http1)),
             (b"POST /x HTTP/1.1\r\n", Some(Protocol::Http1)),
             (b"PRI /x HTTP/1.1\r\n", Some(Protocol::Http1)),
@@ -184,11 +186,15 @@ mod tests {
             (b"\x05\x01\x00", Some(Protocol::Socks5)),
             (b"\x00\x00", Some(Protocol::Unknown)),
             (b"SSH-2.0-OpenSSH_9.2\r\n", Some(Protocol::Unknown)),
+            (b"AMETHODOFTHIRTYTWOCHARACTERS0032 /", Some(Protocol::Http1)),
+            (b"AMETHODOFTHIRTYTHREECHARACTERS033 /", Some(Protocol::Unknown)),
             (b"PRI * HTTP/2.0\r\n\r\nSM", None),
             (b"P", None),
         ];
         for (bytes, expected) in cases {
-            assert_eq!(feed(bytes), expected, "{:?}", bytes.escape_ascii().to_string());
+            let text = bytes.escape_ascii().to_string();
+            assert_eq!(feed(bytes), expected, "{text}");
+            assert_eq!(sniff(bytes), expected, "{text} in one piece");
         }
     }
 

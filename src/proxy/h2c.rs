@@ -10,7 +10,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use bytes::{BufMut, Bytes, BytesMut};
 use http::header::{CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, UPGRADE};
-use http::{Request, Response, StatusCode};
+use http::uri::Authority;
+use http::{Request, Response, StatusCode, Version};
 use http_body::Body;
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
@@ -31,8 +32,8 @@ const END_STREAM_AND_HEADERS: u8 = 0x1 | 0x4;
 
 const SETTINGS_FIELD: HeaderName = HeaderName::from_static("http2-settings");
 
-/// Reports whether a request asks for HTTP/2 as it must, and can be stream 1: it has no body. A request with a body is
-/// answered over HTTP/1.1, as a server may.
+/// Reports whether a request asks for HTTP/2 as it must, and can be stream 1: it has no body, and one authority that HTTP/2 can
+/// carry. Any other request is answered over HTTP/1.1, as a server may, and there with an error if it deserves one.
 pub(super) fn is_asked_for<B: Body>(request: &Request<B>) -> bool {
     let fields = request.headers();
     let mut settings = fields.get_all(SETTINGS_FIELD).iter();
@@ -42,12 +43,15 @@ pub(super) fn is_asked_for<B: Body>(request: &Request<B>) -> bool {
             .decode(value.as_bytes())
             .is_ok_and(|payload| payload.len() % 6 == 0)
     };
-    headers::lists(fields, UPGRADE, "h2c")
+    // In a request of HTTP/1.0 an Upgrade means nothing (RFC 9110 section 7.8).
+    request.version() == Version::HTTP_11
+        && headers::lists(fields, UPGRADE, "h2c")
         && headers::lists(fields, CONNECTION, "upgrade")
         && headers::lists(fields, CONNECTION, SETTINGS_FIELD.as_str())
         && settings.next().is_some_and(valid)
         && settings.next().is_none()
         && request.body().is_end_stream()
+        && headers::authority(request).is_ok_and(|authority| authority.parse::<Authority>().is_ok())
 }
 
 /// The answer that agrees.
@@ -63,19 +67,20 @@ pub(super) fn agreement() -> Response<ResponseBody> {
     response
 }
 
-/// Writes the request as the HEADERS frame of stream 1.
+/// Writes a request that [asks for it](is_asked_for) as the HEADERS frame of stream 1.
 pub(super) fn first_stream<B>(request: &Request<B>) -> Bytes {
     let mut fields = request.headers().clone();
     headers::strip_hop_by_hop(&mut fields);
     fields.remove(SETTINGS_FIELD);
-    let host = fields.remove(HOST);
-    let authority = match (request.uri().authority(), &host) {
-        (Some(authority), _) => authority.as_str().as_bytes(),
-        (None, Some(host)) => host.as_bytes(),
-        (None, None) => b"",
-    };
-    let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
-    let block = header_block(request.method().as_str(), path, authority, &fields);
+    fields.remove(HOST);
+    let authority = headers::authority(request).expect("a request without an authority does not get here");
+    let path = headers::path_and_query(request.uri());
+    let block = header_block(
+        request.method().as_str(),
+        path.as_str(),
+        authority.as_bytes(),
+        &fields,
+    );
     let mut frame = BytesMut::with_capacity(FRAME_HEADER + block.len());
     frame.put_uint(block.len() as u64, 3);
     frame.put_u8(HEADERS);
@@ -171,22 +176,48 @@ mod tests {
         assert_eq!(block[..3], [0x7f, 0xba, 0x09]);
     }
 
+    /// A request that asks as it must.
+    fn asking() -> http::request::Builder {
+        Request::builder()
+            .header("host", "a.b")
+            .header("connection", "Upgrade, HTTP2-Settings")
+            .header("upgrade", "h2c")
+            .header("http2-settings", "AAMAAABkAAQCAAAAAAIAAAAA")
+    }
+
+    fn is_heard(request: http::request::Builder) -> bool {
+        is_asked_for(&request.body(http_body_util::Empty::<Bytes>::new()).unwrap())
+    }
+
     #[test]
     fn a_request_must_ask_in_every_way_it_has_to() {
-        let asks = |connection: &str, settings: &[&str]| {
-            let mut builder = Request::builder()
-                .header("connection", connection)
-                .header("upgrade", "h2c");
-            for value in settings {
-                builder = builder.header("http2-settings", *value);
-            }
-            is_asked_for(&builder.body(http_body_util::Empty::<Bytes>::new()).unwrap())
+        assert!(is_heard(asking()));
+        let change = |change: &dyn Fn(&mut HeaderMap)| {
+            let mut request = asking();
+            change(request.headers_mut().unwrap());
+            is_heard(request)
         };
-        assert!(asks("Upgrade, HTTP2-Settings", &["AAMAAABkAAQCAAAAAAIAAAAA"]));
-        assert!(!asks("Upgrade", &["AAMAAABkAAQCAAAAAAIAAAAA"]));
-        assert!(!asks("Upgrade, HTTP2-Settings", &[]));
-        assert!(!asks("Upgrade, HTTP2-Settings", &["AAMAAABk", "AAMAAABk"]));
-        assert!(!asks("Upgrade, HTTP2-Settings", &["not base64!"]));
+        let set = |fields: &mut HeaderMap, name, value| {
+            fields.insert(name, HeaderValue::from_static(value));
+        };
+        assert!(!change(&|fields| set(fields, CONNECTION, "Upgrade")));
+        assert!(!change(&|fields| set(fields, SETTINGS_FIELD, "not base64!")));
+        assert!(!change(&|fields| {
+            fields.remove(SETTINGS_FIELD);
+        }));
+        assert!(!is_heard(asking().header("http2-settings", "AAMAAABk")));
+        assert!(!is_heard(asking().version(Version::HTTP_10)));
+    }
+
+    #[test]
+    fn a_request_that_deserves_an_error_gets_it_over_http1() {
+        assert!(!is_heard(asking().header("host", "c.d")), "two hosts");
+        assert!(!is_heard(asking().uri("http://user@a.b/")), "a user");
+        assert!(!is_heard(asking().method("CONNECT").uri("a.b:80")), "CONNECT");
+        let mut request = asking();
+        let fields = request.headers_mut().unwrap();
+        fields.insert(HOST, HeaderValue::from_static("a b/c"));
+        assert!(!is_heard(request), "no host");
     }
 
     proptest! {

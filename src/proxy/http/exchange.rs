@@ -56,7 +56,8 @@ pub(super) async fn exchange(
     record: &mut AccessRecord,
 ) -> Result<Answered, Error> {
     let grpc = reply::is_grpc(request.headers());
-    let mut pending = Pending::new(request, upgrade.is_some(), front, record);
+    let extended = upgrade.is_some_and(Upgrade::is_extended);
+    let mut pending = Pending::new(request, extended, front, record);
     if context.forwarded_headers {
         headers::add_forwarded(
             &mut pending.head,
@@ -284,11 +285,12 @@ struct Pending {
 }
 
 impl Pending {
-    /// `upgrading`: what follows the head is no body, but the bytes of another protocol.
-    fn new(request: Request<ClientBody>, upgrading: bool, front: &Arc<Front>, record: &AccessRecord) -> Self {
+    /// `extended`: by extended CONNECT, where what follows the head is no body, but the bytes of another protocol. An Upgrade
+    /// of HTTP/1.1 may have a body, which comes before the other protocol (RFC 9110 section 7.8).
+    fn new(request: Request<ClientBody>, extended: bool, front: &Arc<Front>, record: &AccessRecord) -> Self {
         let (mut head, body) = request.into_parts();
         headers::strip_hop_by_hop(&mut head.headers);
-        let body = Some(body).filter(|body| !upgrading && !body.is_end_stream());
+        let body = Some(body).filter(|body| !extended && !body.is_end_stream());
         let expected = headers::expects_continue(head.version, &head.headers);
         let front = (head.version == Version::HTTP_11).then(|| front.clone());
         Self {

@@ -26,7 +26,7 @@ const HOP_BY_HOP: [HeaderName; 5] = [
 ];
 
 /// Finds the authority that a request is for: that of the target wins over `Host` (RFC 9112 section 3.2.2).
-pub(super) fn authority<B>(request: &Request<B>) -> Result<String, Error> {
+pub(in crate::proxy) fn authority<B>(request: &Request<B>) -> Result<String, Error> {
     if request.method() == Method::CONNECT && !is_extended_connect(request) {
         return Err(Error::BadRequest("CONNECT is not served on this port"));
     }
@@ -171,7 +171,7 @@ pub(super) fn prepare(parts: &mut Parts, wire: Wire, authority: &str, body: bool
                 join_cookies(&mut parts.headers);
             }
             parts.version = Version::HTTP_11;
-            parts.uri = origin_form(&parts.uri);
+            parts.uri = path_and_query(&parts.uri).into();
             if let Ok(host) = HeaderValue::from_str(authority) {
                 parts.headers.insert(HOST, host);
             }
@@ -189,6 +189,7 @@ pub(super) fn prepare(parts: &mut Parts, wire: Wire, authority: &str, body: bool
         Wire::H2c | Wire::H2 => {
             parts.version = Version::HTTP_2;
             parts.headers.remove(HOST);
+            let path_and_query = path_and_query(&parts.uri);
             let mut uri = std::mem::take(&mut parts.uri).into_parts();
             uri.scheme = Some(if wire == Wire::H2 {
                 Scheme::HTTPS
@@ -196,16 +197,22 @@ pub(super) fn prepare(parts: &mut Parts, wire: Wire, authority: &str, body: bool
                 Scheme::HTTP
             });
             uri.authority = authority.parse().ok();
-            uri.path_and_query
-                .get_or_insert_with(|| PathAndQuery::from_static("/"));
+            uri.path_and_query = Some(path_and_query);
             parts.uri = Uri::from_parts(uri).unwrap_or_default();
         }
     }
 }
 
-/// The target without scheme and authority; `*` stays as it is.
-fn origin_form(uri: &Uri) -> Uri {
-    uri.path_and_query().cloned().map(Uri::from).unwrap_or_default()
+/// The target without scheme and authority; `*` stays as it is. A path that is left out is written as `/` (RFC 9112 section
+/// 3.2.1).
+pub(in crate::proxy) fn path_and_query(uri: &Uri) -> PathAndQuery {
+    let root = || PathAndQuery::from_static("/");
+    match uri.path_and_query().map(|target| (target, target.as_str())) {
+        // An empty path reads as "/" too, but would be written as nothing.
+        None | Some((_, "/")) => root(),
+        Some((_, query)) if query.starts_with('?') => format!("/{query}").parse().unwrap_or_else(|_| root()),
+        Some((target, _)) => target.clone(),
+    }
 }
 
 /// HTTP/2 clients may split cookies over several fields; HTTP/1.1 knows one only (RFC 9113 section 8.2.3).
@@ -358,6 +365,23 @@ mod tests {
         assert_eq!(parts.headers["host"], "a.b:81");
         assert_eq!(parts.headers["cookie"], "a=1; b=2");
         assert_eq!(parts.headers["connection"], "te");
+    }
+
+    #[test]
+    fn a_path_that_is_left_out_is_written() {
+        for (target, written) in [
+            ("http://a.b?q=1", "/?q=1"),
+            ("http://a.b#f", "/"),
+            ("http://a.b", "/"),
+        ] {
+            for wire in [Wire::Http1, Wire::H2c] {
+                let mut parts = request(target, Version::HTTP_11, &["a.b"]).into_parts().0;
+                prepare(&mut parts, wire, "a.b", false);
+                let path_and_query = parts.uri.path_and_query().unwrap().as_str();
+                assert_eq!(path_and_query, written, "{target} for {wire:?}");
+                assert!(parts.uri.to_string().ends_with(written), "{target} for {wire:?}");
+            }
+        }
     }
 
     #[test]

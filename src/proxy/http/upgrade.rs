@@ -9,7 +9,7 @@ use bytes::Bytes;
 use http::header::{
     CONNECTION, HeaderMap, HeaderName, HeaderValue, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE,
 };
-use http::{Method, Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode, Version};
 use hyper::ext::Protocol;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
@@ -61,8 +61,10 @@ impl Upgrade {
                 extended: true,
             });
         }
-        let listed = headers::lists(request.headers(), CONNECTION, "upgrade");
-        let protocol = request.headers().get(UPGRADE).filter(|_| listed)?.clone();
+        // In a request of HTTP/1.0 an Upgrade means nothing (RFC 9110 section 7.8).
+        let asks =
+            request.version() == Version::HTTP_11 && headers::lists(request.headers(), CONNECTION, "upgrade");
+        let protocol = request.headers().get(UPGRADE).filter(|_| asks)?.clone();
         // HTTP/2 in clear text is asked for in the same way, but it is ours to answer, not the pod's.
         if headers::lists(request.headers(), UPGRADE, "h2c") {
             return None;
@@ -73,6 +75,11 @@ impl Upgrade {
             client,
             extended: false,
         })
+    }
+
+    /// Whether it came by extended CONNECT, so that the stream behind the request's head is no body.
+    pub(super) fn is_extended(&self) -> bool {
+        self.extended
     }
 
     /// Writes the wish into the head of the request to the pod, from which hop-by-hop fields are gone.
