@@ -46,8 +46,8 @@ struct Inner {
     swallow_streams: bool,
     /// Time bytes take to the server and back.
     latency: (Duration, Duration),
-    /// Faults of single pods, by namespace and name.
-    pods: BTreeMap<(String, String), ForwardFault>,
+    /// Faults of single pods, by namespace and name, and of their ports.
+    pods: BTreeMap<(String, String, Option<u16>), ForwardFault>,
 }
 
 /// What is wrong with port-forwards to one pod.
@@ -168,11 +168,20 @@ impl Faults {
 
     /// Sets or clears the fault of port-forwards to one pod.
     pub fn set_forward(&self, namespace: &str, pod: &str, fault: Option<ForwardFault>) {
-        let key = (namespace.to_owned(), pod.to_owned());
+        self.set_fault((namespace.to_owned(), pod.to_owned(), None), fault);
+    }
+
+    /// Sets or clears the fault of port-forwards to one container port; it goes before the pod's. Those of upgrades have no
+    /// effect here.
+    pub fn set_port_forward(&self, namespace: &str, pod: &str, port: u16, fault: Option<ForwardFault>) {
+        self.set_fault((namespace.to_owned(), pod.to_owned(), Some(port)), fault);
+    }
+
+    fn set_fault(&self, target: (String, String, Option<u16>), fault: Option<ForwardFault>) {
         let mut inner = self.lock();
         match fault {
-            Some(fault) => inner.pods.insert(key, fault),
-            None => inner.pods.remove(&key),
+            Some(fault) => inner.pods.insert(target, fault),
+            None => inner.pods.remove(&target),
         };
         drop(inner);
         self.changes.send_replace(());
@@ -230,11 +239,17 @@ impl Faults {
         self.lock().latency
     }
 
+    /// The fault of a pod.
     pub(super) fn forward(&self, namespace: &str, pod: &str) -> Option<ForwardFault> {
-        self.lock()
-            .pods
-            .get(&(namespace.to_owned(), pod.to_owned()))
-            .cloned()
+        let key = (namespace.to_owned(), pod.to_owned(), None);
+        self.lock().pods.get(&key).cloned()
+    }
+
+    /// The fault of a container port, else of its pod.
+    pub(super) fn port_forward(&self, namespace: &str, pod: &str, port: u16) -> Option<ForwardFault> {
+        let key = (namespace.to_owned(), pod.to_owned(), Some(port));
+        let fault = self.lock().pods.get(&key).cloned();
+        fault.or_else(|| self.forward(namespace, pod))
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

@@ -117,6 +117,12 @@ impl Forwards {
         self.of_pod(namespace, pod, |controls| controls.kill.cancel())
     }
 
+    /// Makes the connections of a pod's sessions swallow all bytes from now on, as a middlebox does that has forgotten
+    /// them; what they forward stays open. Returns how many there were.
+    pub fn silence_sessions(&self, namespace: &str, pod: &str) -> usize {
+        self.of_pod(namespace, pod, |controls| controls.silence.cancel())
+    }
+
     /// Makes the SPDY sessions of a pod send GOAWAY: they ignore new streams from then on and close once their last
     /// stream has ended. Returns how many there were.
     pub fn send_go_away(&self, namespace: &str, pod: &str) -> usize {

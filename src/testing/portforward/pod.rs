@@ -98,7 +98,7 @@ impl Pod {
         client: &impl Client,
         reading: &AtomicBool,
     ) -> Result<(), Failure> {
-        match self.fault() {
+        match self.fault(port) {
             Some(ForwardFault::Refused) => return Err(self.refused(port, "connection refused")),
             Some(ForwardFault::Runtime(cause)) => return Err(Failure { reset: false, cause }),
             Some(ForwardFault::Reset) => {
@@ -121,8 +121,8 @@ impl Pod {
             .map_err(|error| self.broken(port, &error))?;
         let _counted = self.cluster.forwards.connected();
         let (read, write) = stream.into_split();
-        let up = self.upload(client, write, reading);
-        let down = self.download(read, client);
+        let up = self.upload(port, client, write, reading);
+        let down = self.download(port, read, client);
         tokio::pin!(up, down);
         let ended = if self.cluster.runtime().waits_for_both_directions() {
             let (up, down) = tokio::join!(up, down);
@@ -144,20 +144,22 @@ impl Pod {
         self.cluster.faults.close_grace()
     }
 
-    fn fault(&self) -> Option<ForwardFault> {
-        self.cluster.faults.forward(&self.namespace, &self.name)
+    fn fault(&self, port: u16) -> Option<ForwardFault> {
+        self.cluster
+            .faults
+            .port_forward(&self.namespace, &self.name, port)
     }
 
-    fn reads_stalled(&self) -> bool {
+    fn reads_stalled(&self, port: u16) -> bool {
         matches!(
-            self.fault(),
+            self.fault(port),
             Some(ForwardFault::Stalled | ForwardFault::NotReading)
         )
     }
 
-    fn writes_stalled(&self) -> bool {
+    fn writes_stalled(&self, port: u16) -> bool {
         matches!(
-            self.fault(),
+            self.fault(port),
             Some(ForwardFault::Stalled | ForwardFault::NotWriting)
         )
     }
@@ -165,6 +167,7 @@ impl Pod {
     /// Copies from the client to the application.
     async fn upload(
         &self,
+        port: u16,
         client: &impl Client,
         mut socket: OwnedWriteHalf,
         reading: &AtomicBool,
@@ -178,7 +181,7 @@ impl Pod {
                 let bytes = loop {
                     tokio::select! {
                         bytes = client.read() => break bytes,
-                        _ = changes.changed() => if !self.reads_stalled() {
+                        _ = changes.changed() => if !self.reads_stalled(port) {
                             socket.write_all_buf(&mut held).await?;
                         },
                     }
@@ -192,10 +195,10 @@ impl Pod {
                     .forwards
                     .count(|counts| counts.bytes_to_pods += length);
                 for chunk in bytes.chunks(COPY_SIZE) {
-                    while self.reads_stalled() && held.len() + chunk.len() > STALLED_SOCKET {
+                    while self.reads_stalled(port) && held.len() + chunk.len() > STALLED_SOCKET {
                         let _ = changes.changed().await;
                     }
-                    if self.reads_stalled() {
+                    if self.reads_stalled(port) {
                         held.extend_from_slice(chunk);
                     } else {
                         socket.write_all_buf(&mut held).await?;
@@ -211,13 +214,13 @@ impl Pod {
     }
 
     /// Copies from the application to the client.
-    async fn download(&self, mut socket: OwnedReadHalf, client: &impl Client) -> io::Result<()> {
+    async fn download(&self, port: u16, mut socket: OwnedReadHalf, client: &impl Client) -> io::Result<()> {
         let mut changes = self.cluster.faults.changes();
         let mut buffer = BytesMut::new();
         loop {
             buffer.reserve(COPY_SIZE);
             let read = socket.read_buf(&mut buffer).await;
-            while self.writes_stalled() {
+            while self.writes_stalled(port) {
                 let _ = changes.changed().await;
             }
             let length = read? as u64;

@@ -7,7 +7,7 @@ use tokio::time::{Instant, timeout};
 use super::client::{Seen, data, ping};
 use super::scene::{ECHO, SPDY, Scene, TUNNEL};
 use super::{user, within};
-use crate::testing::{Carrier, ForwardFault, Rule};
+use crate::testing::{Carrier, ForwardFault, Rule, STALLED_SOCKET};
 
 /// Long enough for an answer that is not to come.
 const SILENCE: Duration = Duration::from_millis(200);
@@ -109,6 +109,46 @@ async fn an_application_that_does_not_read_gets_what_its_socket_holds_when_it_is
     assert!(answer.is_err(), "{answer:?}");
     scene.break_with(None);
     assert_eq!(session.next().await, Some(Seen::Data(11, "hello".into())));
+}
+
+#[tokio::test]
+async fn a_port_can_stall_while_others_go_on() {
+    let scene = Scene::new().await;
+    let stalled = Some(ForwardFault::NotReading);
+    scene
+        .cluster
+        .faults()
+        .set_port_forward("shop", scene.pod(), 80, stalled);
+    scene
+        .application(80, |stream| async move {
+            let _open = stream;
+            std::future::pending().await
+        })
+        .await;
+    let mut session = scene.spdy().await;
+    session.pair(11, 80, b"").await;
+    // The socket, the copier, the worker's hand, one in the queue.
+    for _ in 0..STALLED_SOCKET / 32768 + 3 {
+        session.send(data(11, &[b'x'; 32768])).await;
+    }
+    assert_eq!(session.workers_alive(1, 1).await, [0, 2, 3, 4]);
+    session.pair(27, ECHO, b"hello").await;
+    assert_eq!(session.next().await, Some(Seen::Data(27, "hello".into())));
+}
+
+#[tokio::test]
+async fn the_sessions_of_a_pod_can_be_silenced() {
+    let scene = Scene::new().await;
+    let mut session = scene.spdy().await;
+    session.pair(11, ECHO, b"hello").await;
+    assert_eq!(session.next().await, Some(Seen::Data(11, "hello".into())));
+    let forwards = scene.cluster.forwards();
+    assert_eq!(forwards.silence_sessions("shop", scene.pod()), 1);
+    session.send([data(11, b"lost"), ping(1)].concat()).await;
+    let answer = timeout(SILENCE, session.next_ever()).await;
+    assert!(answer.is_err(), "{answer:?}");
+    let counts = forwards.counts();
+    assert_eq!((counts.sessions_open, counts.connections_open), (1, 1));
 }
 
 #[tokio::test]
