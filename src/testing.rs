@@ -1,22 +1,26 @@
 //! An in-process Kubernetes cluster: an API server with services, pods and port-forwards that lead to real sockets.
 //!
 //! It serves the tests, the benches and `kube-tunnel demo`. It speaks enough of the API for kubectl and kube-rs: TLS,
-//! tokens and client certificates, RBAC-like denials, get, list, watch, and `pods/portforward` over WebSocket
-//! channels and SPDY. Failures are switched on through [`Faults`]. It leaves out everything that writes through the
-//! API: objects are made in process, through [`FakeCluster`].
+//! tokens and client certificates, RBAC-like denials, get, list, watch, and `pods/portforward` over SPDY, SPDY tunnelled
+//! in WebSocket messages and WebSocket channels, with the limits and oddities of the [`ContainerRuntime`]s. Failures are
+//! switched on through [`Faults`] and [`Forwards`]. It leaves out everything that writes through the API: objects are
+//! made in process, through [`FakeCluster`].
 
 mod access;
 mod api;
 pub mod backend;
 mod cluster;
+mod delay;
 mod discovery;
 mod faults;
+mod forwards;
 mod kubeconfig;
 mod pki;
 mod pods;
 mod portforward;
 mod resource;
 mod review;
+mod runtime;
 mod selector;
 mod server;
 mod status;
@@ -35,7 +39,9 @@ use tokio_rustls::TlsAcceptor;
 
 pub use access::{Identity, Rule};
 pub use cluster::ApiCall;
-pub use faults::{Carrier, Faults, ForwardFault};
+pub use faults::{Carrier, Faults, ForwardFault, STALLED_SOCKET};
+pub use forwards::{ForwardCounts, Forwards};
+pub use runtime::ContainerRuntime;
 pub use workload::{PortTarget, Workload, WorkloadBuilder, WorkloadPod};
 
 use cluster::{Cluster, lock};
@@ -143,6 +149,12 @@ impl FakeCluster {
         self.cluster.access.allow_only(user, rules);
     }
 
+    /// Makes port-forwards over WebSocket need the verb `create` besides `get`, as servers do from 1.35 on (gate
+    /// AuthorizePodWebsocketUpgradeCreatePermission); the double is a 1.33 otherwise.
+    pub fn require_create_for_websockets(&self, required: bool) {
+        self.cluster.access.require_create_for_websockets(required);
+    }
+
     /// Lifts every denial and limit.
     pub fn allow_all(&self) {
         self.cluster.access.allow_all();
@@ -226,6 +238,17 @@ impl FakeCluster {
     #[must_use]
     pub fn faults(&self) -> &Faults {
         &self.cluster.faults
+    }
+
+    /// The port-forward sessions: what they have done, and how to end them.
+    #[must_use]
+    pub fn forwards(&self) -> &Forwards {
+        &self.cluster.forwards
+    }
+
+    /// Changes what the nodes run; forwarded connections that end from now on end its way.
+    pub fn set_runtime(&self, runtime: ContainerRuntime) {
+        *lock(&self.cluster.runtime) = runtime;
     }
 
     /// Cuts every live connection without a word, port-forwards included, as an API server that dies does. New ones

@@ -101,6 +101,8 @@ struct Inner {
     denied: Vec<(Option<String>, Rule)>,
     /// Users who may do only what their rules say.
     limited: BTreeMap<String, Vec<Rule>>,
+    /// WebSocket upgrades of pods need `create` too.
+    websockets_need_create: bool,
 }
 
 impl Access {
@@ -127,6 +129,16 @@ impl Access {
     /// Limits a user to `rules`.
     pub(super) fn allow_only(&self, user: &str, rules: &[Rule]) {
         self.lock().limited.insert(user.to_owned(), rules.to_vec());
+    }
+
+    /// Demands `create` for WebSocket upgrades, or no longer.
+    pub(super) fn require_create_for_websockets(&self, required: bool) {
+        self.lock().websockets_need_create = required;
+    }
+
+    /// Whether WebSocket upgrades of pods need `create` too.
+    pub(super) fn websockets_need_create(&self) -> bool {
+        self.lock().websockets_need_create
     }
 
     /// Lifts every denial and limit.

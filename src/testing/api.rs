@@ -85,6 +85,17 @@ async fn route(connection: &Connection, request: Request<Incoming>) -> Result<Re
     }
     match (target.verb, target.subresource.as_deref()) {
         ("get" | "create", Some("portforward")) => {
+            let create = Target {
+                verb: "create",
+                ..target.clone()
+            };
+            if target.verb == "get"
+                && cluster.access.websockets_need_create()
+                && portforward::is_websocket(request.headers())
+                && !cluster.access.allows(&user, &Action::from(&create))
+            {
+                return Err(Failure::forbidden(&user, &create));
+            }
             portforward::upgrade(connection, &target, &query, request).await
         }
         (_, Some(_)) => Err(Failure::no_such_path()),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -11,7 +11,9 @@ use tokio_util::task::TaskTracker;
 
 use super::access::Access;
 use super::faults::Faults;
+use super::forwards::Forwards;
 use super::resource::Target;
+use super::runtime::ContainerRuntime;
 use super::store::Store;
 
 /// One authenticated request as RBAC sees it.
@@ -42,6 +44,10 @@ pub(super) struct Cluster {
     pub(super) access: Access,
     /// What is broken.
     pub(super) faults: Faults,
+    /// Port-forward sessions.
+    pub(super) forwards: Arc<Forwards>,
+    /// What the nodes run.
+    pub(super) runtime: Mutex<ContainerRuntime>,
     /// Where container ports really lead.
     pub(super) routes: Mutex<BTreeMap<(String, String, u16), SocketAddr>>,
     /// Requests seen.
@@ -64,6 +70,8 @@ impl Cluster {
             store: Store::new(),
             access: Access::default(),
             faults: Faults::new(),
+            forwards: Arc::default(),
+            runtime: Mutex::default(),
             routes: Mutex::default(),
             calls: Mutex::default(),
             bookmarks: watch::Sender::new(0),
@@ -78,6 +86,11 @@ impl Cluster {
         lock(&self.routes)
             .get(&(namespace.to_owned(), pod.to_owned(), port))
             .copied()
+    }
+
+    /// What the nodes run.
+    pub(super) fn runtime(&self) -> ContainerRuntime {
+        *lock(&self.runtime)
     }
 
     /// The token of connections accepted now.

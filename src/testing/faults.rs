@@ -5,16 +5,23 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use http::StatusCode;
+use tokio::sync::watch;
 
 /// How long containerd waits for the second direction of a forwarded connection after the first has ended
 /// (`containerd:internal/cri/server/sandbox_portforward_linux.go`).
 const CLOSE_GRACE: Duration = Duration::from_secs(1);
+
+/// Bytes the sockets between the runtime and an application take although the application reads none; real ones grow to
+/// about 4 MiB.
+pub const STALLED_SOCKET: usize = 256 * 1024;
 
 /// The faults of a cluster; a new one has none.
 #[derive(Debug)]
 pub struct Faults {
     /// Everything a lock protects.
     inner: Mutex<Inner>,
+    /// Tells those who wait for the end of a fault to look again.
+    changes: watch::Sender<()>,
 }
 
 #[derive(Debug)]
@@ -27,10 +34,20 @@ struct Inner {
     upgrade_delay: Duration,
     /// Wait for the second direction of a forwarded connection.
     close_grace: Duration,
-    /// Subprotocol and SPDY upgrades that are refused.
+    /// Carriers whose upgrades are refused.
     refused_carriers: Vec<Carrier>,
-    /// Faults of single pods, by namespace and name.
-    pods: BTreeMap<(String, String), ForwardFault>,
+    /// Carriers whose connections swallow all bytes.
+    black_holes: Vec<Carrier>,
+    /// Wait before each SYN_REPLY.
+    reply_delay: Duration,
+    /// PINGs stay unanswered.
+    drop_pongs: bool,
+    /// SYN_STREAMs are ignored.
+    swallow_streams: bool,
+    /// Time bytes take to the server and back.
+    latency: (Duration, Duration),
+    /// Faults of single pods, by namespace and name, and of their ports.
+    pods: BTreeMap<(String, String, Option<u16>), ForwardFault>,
 }
 
 /// What is wrong with port-forwards to one pod.
@@ -42,6 +59,12 @@ pub enum ForwardFault {
     Reset,
     /// The pod's port accepts and then neither reads nor writes.
     Stalled,
+    /// The application does not read: its socket takes [`STALLED_SOCKET`] bytes more, then the copier in front of it
+    /// blocks. Takes hold of open connections too, and lets go of them when it is cleared.
+    NotReading,
+    /// The application's bytes stay in its socket. Takes hold of open connections too, and lets go of them when it is
+    /// cleared.
+    NotWriting,
     /// The upgrade is answered 404, as if the pod were gone.
     PodGone,
     /// The runtime reports this text on the error stream, after the usual prefix.
@@ -55,22 +78,36 @@ pub enum ForwardFault {
 pub enum Carrier {
     /// `Upgrade: SPDY/3.1`
     Spdy,
+    /// `Upgrade: websocket` with `SPDY/3.1+portforward.k8s.io`: SPDY tunnelled in binary messages (KEP-4006).
+    Tunnel,
     /// `Upgrade: websocket` with `v4.channel.k8s.io`
     Channel,
+}
+
+impl Inner {
+    fn new() -> Self {
+        Self {
+            api_latency: Duration::ZERO,
+            api_down: false,
+            upgrade_delay: Duration::ZERO,
+            close_grace: CLOSE_GRACE,
+            refused_carriers: Vec::new(),
+            black_holes: Vec::new(),
+            reply_delay: Duration::ZERO,
+            drop_pongs: false,
+            swallow_streams: false,
+            latency: (Duration::ZERO, Duration::ZERO),
+            pods: BTreeMap::new(),
+        }
+    }
 }
 
 impl Faults {
     /// No faults.
     pub(super) fn new() -> Self {
         Self {
-            inner: Mutex::new(Inner {
-                api_latency: Duration::ZERO,
-                api_down: false,
-                upgrade_delay: Duration::ZERO,
-                close_grace: CLOSE_GRACE,
-                refused_carriers: Vec::new(),
-                pods: BTreeMap::new(),
-            }),
+            inner: Mutex::new(Inner::new()),
+            changes: watch::Sender::new(()),
         }
     }
 
@@ -98,29 +135,67 @@ impl Faults {
 
     /// Answers upgrades to a carrier with 403, as a proxy in front of the API server may.
     pub fn refuse_carrier(&self, carrier: Carrier, refuse: bool) {
-        let mut inner = self.lock();
-        inner.refused_carriers.retain(|&known| known != carrier);
-        if refuse {
-            inner.refused_carriers.push(carrier);
-        }
+        switch(&mut self.lock().refused_carriers, carrier, refuse);
+    }
+
+    /// Swallows the bytes of a carrier's sessions both ways with their connections open, as a proxy may that does not
+    /// understand the upgrade it has let through: of new sessions from their 101 on, of open ones from now on. A session
+    /// once swallowed stays so.
+    pub fn set_black_hole(&self, carrier: Carrier, swallow: bool) {
+        switch(&mut self.lock().black_holes, carrier, swallow);
+    }
+
+    /// Delays every SYN_REPLY. The worker that owes the reply waits with it, and with it what is queued behind.
+    pub fn set_reply_delay(&self, delay: Duration) {
+        self.lock().reply_delay = delay;
+    }
+
+    /// Leaves the PINGs of SPDY sessions unanswered.
+    pub fn set_drop_pongs(&self, drop: bool) {
+        self.lock().drop_pongs = drop;
+    }
+
+    /// Ignores SYN_STREAMs, as a server does that has sent GOAWAY.
+    pub fn set_swallow_streams(&self, swallow: bool) {
+        self.lock().swallow_streams = swallow;
+    }
+
+    /// Makes every byte take this much longer, on all connections to the API server. Bytes are delayed, never reordered,
+    /// and the rate stays as it is; the TCP handshake takes no longer.
+    pub fn set_latency(&self, to_server: Duration, to_client: Duration) {
+        self.lock().latency = (to_server, to_client);
     }
 
     /// Sets or clears the fault of port-forwards to one pod.
     pub fn set_forward(&self, namespace: &str, pod: &str, fault: Option<ForwardFault>) {
-        let key = (namespace.to_owned(), pod.to_owned());
+        self.set_fault((namespace.to_owned(), pod.to_owned(), None), fault);
+    }
+
+    /// Sets or clears the fault of port-forwards to one container port; it goes before the pod's. Those of upgrades have no
+    /// effect here.
+    pub fn set_port_forward(&self, namespace: &str, pod: &str, port: u16, fault: Option<ForwardFault>) {
+        self.set_fault((namespace.to_owned(), pod.to_owned(), Some(port)), fault);
+    }
+
+    fn set_fault(&self, target: (String, String, Option<u16>), fault: Option<ForwardFault>) {
         let mut inner = self.lock();
         match fault {
-            Some(fault) => inner.pods.insert(key, fault),
-            None => inner.pods.remove(&key),
+            Some(fault) => inner.pods.insert(target, fault),
+            None => inner.pods.remove(&target),
         };
+        drop(inner);
+        self.changes.send_replace(());
     }
 
     /// Clears everything.
     pub fn clear(&self) {
-        *self.lock() = Self::new()
-            .inner
-            .into_inner()
-            .unwrap_or_else(PoisonError::into_inner);
+        *self.lock() = Inner::new();
+        self.changes.send_replace(());
+    }
+
+    /// Sees every change to the faults of pods.
+    pub(super) fn changes(&self) -> watch::Receiver<()> {
+        self.changes.subscribe()
     }
 
     pub(super) fn api_latency(&self) -> Duration {
@@ -143,14 +218,48 @@ impl Faults {
         self.lock().refused_carriers.contains(&carrier)
     }
 
+    pub(super) fn swallows(&self, carrier: Carrier) -> bool {
+        self.lock().black_holes.contains(&carrier)
+    }
+
+    pub(super) fn reply_delay(&self) -> Duration {
+        self.lock().reply_delay
+    }
+
+    pub(super) fn drops_pongs(&self) -> bool {
+        self.lock().drop_pongs
+    }
+
+    pub(super) fn swallows_streams(&self) -> bool {
+        self.lock().swallow_streams
+    }
+
+    /// To the server, to the client.
+    pub(super) fn latency(&self) -> (Duration, Duration) {
+        self.lock().latency
+    }
+
+    /// The fault of a pod.
     pub(super) fn forward(&self, namespace: &str, pod: &str) -> Option<ForwardFault> {
-        self.lock()
-            .pods
-            .get(&(namespace.to_owned(), pod.to_owned()))
-            .cloned()
+        let key = (namespace.to_owned(), pod.to_owned(), None);
+        self.lock().pods.get(&key).cloned()
+    }
+
+    /// The fault of a container port, else of its pod.
+    pub(super) fn port_forward(&self, namespace: &str, pod: &str, port: u16) -> Option<ForwardFault> {
+        let key = (namespace.to_owned(), pod.to_owned(), Some(port));
+        let fault = self.lock().pods.get(&key).cloned();
+        fault.or_else(|| self.forward(namespace, pod))
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn switch(carriers: &mut Vec<Carrier>, carrier: Carrier, on: bool) {
+    carriers.retain(|&known| known != carrier);
+    if on {
+        carriers.push(carrier);
     }
 }

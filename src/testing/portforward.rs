@@ -1,8 +1,11 @@
 //! The `portforward` subresource: checks an upgrade and hands the connection to its carrier.
 
 mod channel;
+mod closing;
 mod pod;
 mod spdy;
+mod tunnel;
+mod wire;
 
 use std::sync::Arc;
 
@@ -10,19 +13,27 @@ use http::header::{CONNECTION, HeaderValue, UPGRADE};
 use http::{HeaderMap, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
+use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use super::api::{Body, Connection, Query};
 use super::cluster::pause;
 use super::faults::{Carrier, ForwardFault};
+use super::forwards::Controls;
 use super::resource::Target;
+use super::server::ClientStream;
 use super::status::Failure;
 use super::store::Key;
 use pod::Pod;
+use wire::Wire;
 
 /// The only subprotocol of SPDY port-forwards (`apimachinery:pkg/util/portforward/constants.go`).
 const SPDY_PROTOCOL: &str = "portforward.k8s.io";
+
+/// The WebSocket subprotocol of tunnelled SPDY: [`tunnel::PREFIX`] and [`SPDY_PROTOCOL`].
+const TUNNEL_PROTOCOL: &str = "SPDY/3.1+portforward.k8s.io";
 
 /// The binary WebSocket subprotocol.
 const CHANNEL_PROTOCOL: &str = "v4.channel.k8s.io";
@@ -55,9 +66,10 @@ pub(super) async fn upgrade(
         return Err(not_found());
     }
 
-    let (carrier, response) = match header(request.headers(), "upgrade").to_ascii_lowercase().as_str() {
-        "spdy/3.1" => (Carrier::Spdy, spdy_response(request.headers())?),
-        "websocket" => (Carrier::Channel, websocket_response(request.headers())?),
+    let headers = request.headers();
+    let (carrier, response) = match header(headers, "upgrade").to_ascii_lowercase().as_str() {
+        "spdy/3.1" => (Carrier::Spdy, spdy_response(headers)?),
+        "websocket" => websocket_response(headers)?,
         _ => return Err(Failure::bad_request("Upgrade request required")),
     };
     if cluster.faults.refuses(carrier) {
@@ -68,35 +80,68 @@ pub(super) async fn upgrade(
         ));
     }
     let ports = match carrier {
-        Carrier::Spdy => Vec::new(),
+        Carrier::Spdy | Carrier::Tunnel => Vec::new(),
         Carrier::Channel => requested_ports(query)?,
     };
 
     let pod = Arc::new(Pod::new(cluster.clone(), namespace, name));
     let upgraded = hyper::upgrade::on(&mut request);
-    let token = connection.token.child_token();
-    let tasks = cluster.tasks.clone();
+    let session = cluster
+        .forwards
+        .register(carrier, namespace, name, &connection.token);
     cluster.tasks.spawn(async move {
-        let io = match upgraded.await {
-            Ok(io) => TokioIo::new(io),
-            Err(error) => {
-                tracing::debug!(%error, "upgrade failed");
-                return;
-            }
-        };
-        let ended = token.clone();
-        let session = async {
-            match carrier {
-                Carrier::Spdy => spdy::serve(io, pod, tasks, token).await,
-                Carrier::Channel => channel::serve(io, &pod, &ports).await,
+        let controls = &session.controls;
+        let serve = async {
+            match upgraded.await {
+                Ok(io) => serve(carrier, io, pod, controls, &ports).await,
+                Err(error) => tracing::debug!(%error, "upgrade failed"),
             }
         };
         tokio::select! {
-            () = session => {}
-            () = ended.cancelled() => {}
+            () = serve => {}
+            () = controls.kill.cancelled() => {}
         }
     });
     Ok(response)
+}
+
+/// Whether the request asks for a WebSocket.
+pub(super) fn is_websocket(headers: &HeaderMap) -> bool {
+    header(headers, "upgrade").eq_ignore_ascii_case("websocket")
+}
+
+/// Serves an upgraded connection until it ends.
+async fn serve(carrier: Carrier, io: Upgraded, pod: Arc<Pod>, controls: &Controls, ports: &[u16]) {
+    match carrier {
+        Carrier::Spdy => match io.downcast::<ClientStream>() {
+            // The API server takes the socket without the bytes it has read from it: what a client sends before it has
+            // seen the 101 is lost.
+            Ok(parts) => {
+                let io = wire(parts.io.into_inner(), &pod, carrier, controls);
+                spdy::serve(io, pod, controls.clone()).await;
+            }
+            Err(_) => tracing::debug!("not a connection of this server"),
+        },
+        Carrier::Tunnel => {
+            let io = wire(TokioIo::new(io), &pod, carrier, controls);
+            let (inner, outer) = tokio::io::duplex(tunnel::PIPE_SIZE);
+            tokio::join!(
+                tunnel::serve(io, outer),
+                spdy::serve(inner, pod, controls.clone())
+            );
+        }
+        Carrier::Channel => {
+            let io = wire(TokioIo::new(io), &pod, carrier, controls);
+            tokio::select! {
+                () = channel::serve(io, &pod, ports) => {}
+                () = controls.forwards.cancelled() => {}
+            }
+        }
+    }
+}
+
+fn wire<I: AsyncRead + AsyncWrite>(io: I, pod: &Pod, carrier: Carrier, controls: &Controls) -> Wire<I> {
+    Wire::new(io, pod.cluster.clone(), carrier, controls.silence.clone())
 }
 
 /// Negotiates the SPDY subprotocol as `apimachinery:pkg/util/httpstream/httpstream.go` (Handshake) does.
@@ -108,8 +153,7 @@ fn spdy_response(headers: &HeaderMap) -> Result<Response<Body>, Failure> {
         ));
     }
     if !offered.contains(&SPDY_PROTOCOL) {
-        let message = format!("unable to negotiate protocol: client supports {offered:?}");
-        return Err(Failure::new(StatusCode::FORBIDDEN, "Forbidden", &message));
+        return Err(no_common_protocol(&offered));
     }
     let mut response = switching("SPDY/3.1");
     response.headers_mut().insert(
@@ -119,13 +163,25 @@ fn spdy_response(headers: &HeaderMap) -> Result<Response<Body>, Failure> {
     Ok(response)
 }
 
-/// Accepts `v4.channel.k8s.io` or no subprotocol at all. Other names, such as the tunnel's of KEP-4006, are refused
-/// as servers do that do not know them; kubectl then falls back to SPDY.
-fn websocket_response(headers: &HeaderMap) -> Result<Response<Body>, Failure> {
+/// Accepts `v4.channel.k8s.io` or no subprotocol at all, and SPDY tunnelled; other names are refused.
+fn websocket_response(headers: &HeaderMap) -> Result<(Carrier, Response<Body>), Failure> {
     let offered = words(headers, "sec-websocket-protocol");
-    if !offered.is_empty() && !offered.contains(&CHANNEL_PROTOCOL) {
+    let mut tunnelled = offered
+        .iter()
+        .filter_map(|name| name.strip_prefix(tunnel::PREFIX))
+        .peekable();
+    let (carrier, chosen) = if tunnelled.peek().is_some() {
+        if !tunnelled.any(|name| name == SPDY_PROTOCOL) {
+            return Err(no_common_protocol(&offered));
+        }
+        (Carrier::Tunnel, Some(TUNNEL_PROTOCOL))
+    } else if offered.is_empty() {
+        (Carrier::Channel, None)
+    } else if offered.contains(&CHANNEL_PROTOCOL) {
+        (Carrier::Channel, Some(CHANNEL_PROTOCOL))
+    } else {
         return Err(Failure::bad_request("unable to upgrade: unsupported subprotocol"));
-    }
+    };
     let key = headers
         .get("sec-websocket-key")
         .ok_or_else(|| Failure::bad_request("bad WebSocket handshake"))?;
@@ -133,13 +189,17 @@ fn websocket_response(headers: &HeaderMap) -> Result<Response<Body>, Failure> {
         .map_err(|_| Failure::bad_request("bad WebSocket handshake"))?;
     let mut response = switching("websocket");
     response.headers_mut().insert("sec-websocket-accept", accept);
-    if !offered.is_empty() {
-        response.headers_mut().insert(
-            "sec-websocket-protocol",
-            HeaderValue::from_static(CHANNEL_PROTOCOL),
-        );
+    if let Some(chosen) = chosen {
+        response
+            .headers_mut()
+            .insert("sec-websocket-protocol", HeaderValue::from_static(chosen));
     }
-    Ok(response)
+    Ok((carrier, response))
+}
+
+fn no_common_protocol(offered: &[&str]) -> Failure {
+    let message = format!("unable to negotiate protocol: client supports {offered:?}");
+    Failure::new(StatusCode::FORBIDDEN, "Forbidden", &message)
 }
 
 fn switching(protocol: &'static str) -> Response<Body> {

@@ -8,9 +8,14 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 
 use super::api::{self, Connection};
 use super::cluster::Cluster;
+use super::delay::Delayed;
+
+/// A client's connection.
+pub(super) type ClientStream = TokioIo<TlsStream<Delayed>>;
 
 /// Serves until the cluster stops.
 pub(super) async fn accept(cluster: Arc<Cluster>, listener: TcpListener, tls: TlsAcceptor) {
@@ -49,7 +54,8 @@ async fn serve(
     if let Err(error) = tcp.set_nodelay(true) {
         tracing::debug!(%error, "cannot set TCP_NODELAY");
     }
-    let stream = match tls.accept(tcp).await {
+    let delayed = Delayed::new(cluster.clone(), tcp, token.clone());
+    let stream = match tls.accept(delayed).await {
         Ok(stream) => stream,
         Err(error) => {
             tracing::debug!(%error, "TLS handshake failed");
@@ -73,7 +79,7 @@ async fn serve(
     });
     let http = http1::Builder::new()
         .timer(TokioTimer::new())
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(ClientStream::new(stream), service);
     if let Err(error) = http.with_upgrades().await {
         tracing::debug!(%error, "API connection failed");
     }

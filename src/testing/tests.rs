@@ -2,7 +2,13 @@
 
 mod api;
 mod backends;
+mod client;
+mod closing;
+mod faults;
 mod forward;
+mod scene;
+mod spdy;
+mod tunnel;
 
 use std::time::Duration;
 

@@ -17,8 +17,9 @@ use http_body_util::{BodyExt, Empty};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use kube_tunnel::testing::backend::{Protocols, Serve};
-use kube_tunnel::testing::{FakeCluster, Identity, Rule, Workload};
+use kube_tunnel::testing::{Carrier, ContainerRuntime, FakeCluster, Identity, Rule, Workload};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_util::task::TaskTracker;
 
@@ -193,10 +194,62 @@ async fn forwards_to_a_pod_carry_concurrent_requests() {
             .iter()
             .rfind(|call| call.subresource.as_deref() == Some("portforward"))
             .unwrap();
-        assert_eq!(
-            (upgrade.verb.as_str(), upgrade.resource.as_str()),
-            ("create", "pods")
-        );
+        let verb = if tunnels(&scene.admin(&binary)).await {
+            "get"
+        } else {
+            "create"
+        };
+        assert_eq!((upgrade.verb.as_str(), upgrade.resource.as_str()), (verb, "pods"));
+    }
+}
+
+#[tokio::test]
+async fn newer_kubectl_tunnels_and_older_speaks_spdy_directly() {
+    for binary in binaries() {
+        let scene = Scene::new().await;
+        let kubectl = scene.admin(&binary);
+        let (_forward, address) = forward(&kubectl, &format!("pod/{}", scene.pod()), ":8080").await;
+        get(address, "/health").await;
+        let expected = if tunnels(&kubectl).await {
+            [0, 1, 0]
+        } else {
+            [1, 0, 0]
+        };
+        assert_eq!(upgrades(&scene), expected, "{}", binary.display());
+    }
+}
+
+#[tokio::test]
+async fn a_refused_tunnel_is_replaced_by_spdy() {
+    for binary in binaries() {
+        let scene = Scene::new().await;
+        scene.cluster.faults().refuse_carrier(Carrier::Tunnel, true);
+        let (_forward, address) =
+            forward(&scene.admin(&binary), &format!("pod/{}", scene.pod()), ":8080").await;
+        let large = get(address, "/bytes/3000000").await;
+        assert_eq!(large.len(), 3_000_000);
+        assert_eq!(upgrades(&scene), [1, 0, 0], "{}", binary.display());
+    }
+}
+
+#[tokio::test]
+async fn bytes_come_back_as_they_were_sent() {
+    for binary in binaries() {
+        let scene = Scene::new().await;
+        let echo = scene.cluster.workload("shop", "echo").port("", 80, 9000);
+        let _echo = echo.serve(Serve::Echo).create().unwrap();
+        let (_forward, address) = forward(&scene.admin(&binary), "svc/echo", ":80").await;
+        let sent: Vec<u8> = (0..3_000_000_u32).map(|n| (n % 251) as u8).collect();
+        let mut echoed = vec![0; sent.len()];
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let (mut read, mut write) = stream.split();
+        let (written, read) = within("the echo", async {
+            tokio::join!(write.write_all(&sent), read.read_exact(&mut echoed))
+        })
+        .await;
+        written.unwrap();
+        read.unwrap();
+        assert!(echoed == sent);
     }
 }
 
@@ -218,9 +271,7 @@ async fn a_refused_port_is_reported_by_kubectl() {
         let (mut forward, address) =
             forward(&scene.admin(&binary), &format!("pod/{}", scene.pod()), ":8080").await;
         let mut stream = TcpStream::connect(address).await.unwrap();
-        tokio::io::AsyncWriteExt::write_all(&mut stream, b"GET / HTTP/1.1\r\n\r\n")
-            .await
-            .unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
         let text = forward.error_line_with("n error occurred forwarding").await; // "An" since 1.37
         assert!(
             text.contains("failed to connect to localhost:8080 inside namespace"),
@@ -228,6 +279,45 @@ async fn a_refused_port_is_reported_by_kubectl() {
         );
         assert!(text.contains("connection refused"), "{text}");
     }
+}
+
+#[tokio::test]
+async fn refusals_of_every_runtime_are_understood() {
+    for binary in binaries() {
+        for runtime in [
+            ContainerRuntime::Containerd16,
+            ContainerRuntime::Containerd17,
+            ContainerRuntime::Containerd21,
+            ContainerRuntime::Old,
+            ContainerRuntime::CriO,
+            ContainerRuntime::Kwok,
+        ] {
+            let scene = Scene::new().await;
+            scene.cluster.set_runtime(runtime);
+            let target = format!("pod/{}", scene.pod());
+            let (mut forward, address) = forward(&scene.admin(&binary), &target, ":81").await;
+            let _stream = TcpStream::connect(address).await.unwrap();
+            let text = forward.error_line_with("n error occurred forwarding").await;
+            assert!(
+                text.contains("connect: connection refused"),
+                "{runtime:?}: {text}"
+            );
+        }
+    }
+}
+
+/// Whether kubectl asks for the tunnel first, as it does since 1.31.
+async fn tunnels(kubectl: &Kubectl) -> bool {
+    let version = kubectl.succeeds(&["version", "--client", "-o", "json"]).await;
+    let version: Value = serde_json::from_str(&version).unwrap();
+    let minor = version["clientVersion"]["minor"].as_str().unwrap();
+    minor.trim_end_matches('+').parse::<u32>().unwrap() >= 31
+}
+
+/// Upgrades seen: direct SPDY, tunnelled, channels.
+fn upgrades(scene: &Scene) -> [u64; 3] {
+    let counts = scene.cluster.forwards().counts();
+    [Carrier::Spdy, Carrier::Tunnel, Carrier::Channel].map(|carrier| counts.upgrades(carrier))
 }
 
 /// Starts a port-forward and waits for the local address it tells.

@@ -9,14 +9,14 @@ use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::future::join_all;
 use futures_util::{Sink, SinkExt, Stream, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::mpsc;
+use tokio::sync::{Mutex, mpsc};
 use tokio::time::timeout;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role};
 use tokio_tungstenite::tungstenite::{self, Message};
 
-use super::pod::Pod;
+use super::pod::{Client, Gone, Pod};
 
 /// How long the client may take to answer our Close.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -60,17 +60,42 @@ async fn forward(
     input: mpsc::Receiver<Bytes>,
     out: mpsc::Sender<Message>,
 ) {
+    let client = Channel {
+        number: channel,
+        input: Mutex::new(input),
+        out,
+    };
+    let out = &client.out;
     for greeted in [channel, channel + 1] {
         if out.send(message(greeted, &port.to_le_bytes())).await.is_err() {
             return;
         }
     }
-    let result = pod
-        .forward(port, input, &out, |bytes| message(channel, &bytes))
-        .await;
-    if let Err(text) = result {
+    let outcome = pod.forward(port, &client).await;
+    if let Some(text) = outcome.end.text() {
         // A closed channel means that the client is gone and needs no text.
         let _ = out.send(message(channel + 1, text.as_bytes())).await;
+    }
+}
+
+/// A data channel as the pod sees it.
+struct Channel {
+    /// Its number.
+    number: u8,
+    /// What the client sends on it.
+    input: Mutex<mpsc::Receiver<Bytes>>,
+    /// Messages to the client.
+    out: mpsc::Sender<Message>,
+}
+
+impl Client for Channel {
+    async fn read(&self) -> Option<Bytes> {
+        self.input.lock().await.recv().await
+    }
+
+    async fn write(&self, bytes: Bytes) -> Result<(), Gone> {
+        let message = message(self.number, &bytes);
+        self.out.send(message).await.map_err(|_| Gone)
     }
 }
 

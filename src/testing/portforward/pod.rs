@@ -3,35 +3,57 @@
 use std::fmt::Display;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::mpsc;
 use tokio::time::timeout;
 
+use super::closing::End;
+use crate::testing::ContainerRuntime;
 use crate::testing::cluster::Cluster;
-use crate::testing::faults::ForwardFault;
+use crate::testing::faults::{ForwardFault, STALLED_SOCKET};
 
-/// Bytes read from the pod at once: Go's copy buffer, which is what real clients see.
-const READ_SIZE: usize = 32 * 1024;
-
-/// Bytes that fit into the socket buffers of a connection nobody reads.
-const STALLED_BUFFER: usize = 256 * 1024;
+/// Bytes copied at once, either way: Go's copy buffer, which is what real clients see.
+const COPY_SIZE: usize = 32 * 1024;
 
 /// A pod that connections are forwarded to.
 #[derive(Debug)]
 pub(super) struct Pod {
     /// The cluster that knows routes and faults.
-    cluster: Arc<Cluster>,
+    pub(super) cluster: Arc<Cluster>,
     /// Namespace of the pod.
     namespace: String,
     /// Name of the pod.
     name: String,
     /// Sandbox id, which runtimes put into their messages.
     sandbox: String,
+}
+
+/// The client's end of one forwarded connection, as a carrier offers it.
+pub(super) trait Client: Sync {
+    /// The client's next bytes; `None` once it has sent FIN or is gone. Cancel-safe.
+    fn read(&self) -> impl Future<Output = Option<Bytes>> + Send;
+
+    /// Sends bytes to the client.
+    fn write(&self, bytes: Bytes) -> impl Future<Output = Result<(), Gone>> + Send;
+}
+
+/// Nothing reaches the client any more.
+#[derive(Debug)]
+pub(super) struct Gone;
+
+/// How a forwarded connection came to its end.
+#[derive(Debug)]
+pub(super) struct Outcome {
+    /// What the carrier has to tell the client.
+    pub(super) end: End,
+    /// The copier towards the pod still waits for the client's bytes. It takes what comes next before it finds that its
+    /// socket is gone.
+    pub(super) reading: bool,
 }
 
 impl Pod {
@@ -46,48 +68,47 @@ impl Pod {
         }
     }
 
-    /// Connects to a container port and moves bytes both ways until the runtime would stop; the error is the text
-    /// for the error stream.
-    ///
-    /// `frame` turns bytes from the pod into what the carrier sends. The end of `from_client` is the client's FIN.
-    pub(super) async fn forward<T: Send>(
-        &self,
-        port: u16,
-        from_client: mpsc::Receiver<Bytes>,
-        to_client: &mpsc::Sender<T>,
-        frame: impl Fn(Bytes) -> T + Send,
-    ) -> Result<(), String> {
-        self.try_forward(port, from_client, to_client, frame)
-            .await
-            .map_err(|cause| {
-                format!(
+    /// Connects to a container port and moves bytes both ways until the runtime would stop.
+    pub(super) async fn forward(&self, port: u16, client: &impl Client) -> Outcome {
+        let reading = AtomicBool::new(false);
+        let end = match self.try_forward(port, client, &reading).await {
+            Ok(()) => End::Clean,
+            Err(failure) => {
+                let Failure { reset, cause } = failure;
+                let text = format!(
                     "error forwarding port {port} to pod {}, uid : {cause}",
                     self.sandbox
-                )
-            })
+                );
+                if reset {
+                    End::Reset(text)
+                } else {
+                    End::Failed(text)
+                }
+            }
+        };
+        Outcome {
+            end,
+            reading: reading.into_inner(),
+        }
     }
 
-    async fn try_forward<T: Send>(
+    async fn try_forward(
         &self,
         port: u16,
-        mut from_client: mpsc::Receiver<Bytes>,
-        to_client: &mpsc::Sender<T>,
-        frame: impl Fn(Bytes) -> T + Send,
-    ) -> Result<(), String> {
-        match self.cluster.faults.forward(&self.namespace, &self.name) {
+        client: &impl Client,
+        reading: &AtomicBool,
+    ) -> Result<(), Failure> {
+        match self.fault(port) {
             Some(ForwardFault::Refused) => return Err(self.refused(port, "connection refused")),
-            Some(ForwardFault::Runtime(text)) => return Err(text),
-            Some(ForwardFault::Stalled) => {
-                stall(from_client).await;
-                tokio::time::sleep(self.close_grace()).await;
-                return Ok(());
-            }
+            Some(ForwardFault::Runtime(cause)) => return Err(Failure { reset: false, cause }),
             Some(ForwardFault::Reset) => {
-                from_client.recv().await;
-                let peers = format!("127.0.0.1:49152->127.0.0.1:{port}");
-                return Err(self.in_namespace(&format!("read tcp4 {peers}: read: connection reset by peer")));
+                let error = io::ErrorKind::ConnectionReset.into();
+                client.read().await;
+                // Bytes that come now break the other direction as well, which ends the wait.
+                let _ = timeout(self.close_grace(), client.read()).await;
+                return Err(self.broken(port, &error));
             }
-            Some(ForwardFault::PodGone | ForwardFault::Upgrade(_)) | None => {}
+            _ => {}
         }
         let Some(address) = self.cluster.route(&self.namespace, &self.name, port) else {
             return Err(self.refused(port, "connection refused"));
@@ -97,21 +118,25 @@ impl Pod {
             .map_err(|error| self.refused(port, go_error(&error)))?;
         stream
             .set_nodelay(true)
-            .map_err(|error| self.in_namespace(&error))?;
+            .map_err(|error| self.broken(port, &error))?;
+        let _counted = self.cluster.forwards.connected();
         let (read, write) = stream.into_split();
-        let up = upload(from_client, write);
-        let down = download(read, to_client, frame);
+        let up = self.upload(port, client, write, reading);
+        let down = self.download(port, read, client);
         tokio::pin!(up, down);
-        // containerd: wait for one direction, give the other a moment, then close everything; never a half-close
-        // towards the pod.
-        let grace = self.close_grace();
-        let (first, second) = tokio::select! {
-            first = &mut up => (first, timeout(grace, &mut down).await),
-            first = &mut down => (first, timeout(grace, &mut up).await),
+        let ended = if self.cluster.runtime().waits_for_both_directions() {
+            let (up, down) = tokio::join!(up, down);
+            up.and(down)
+        } else {
+            // Wait for one direction, give the other a moment, then close everything; never a half-close towards the pod.
+            let grace = self.close_grace();
+            let (first, second) = tokio::select! {
+                first = &mut up => (first, timeout(grace, &mut down).await),
+                first = &mut down => (first, timeout(grace, &mut up).await),
+            };
+            first.and(second.unwrap_or(Ok(())))
         };
-        first
-            .and(second.unwrap_or(Ok(())))
-            .map_err(|error| self.in_namespace(&go_error(&error)))
+        ended.map_err(|error| self.broken(port, &error))
     }
 
     /// How long the second direction may outlive the first.
@@ -119,64 +144,152 @@ impl Pod {
         self.cluster.faults.close_grace()
     }
 
-    /// The text of a failed dial (`containerd:internal/cri/server/sandbox_portforward_linux.go`).
-    fn refused(&self, port: u16, cause: &str) -> String {
-        self.in_namespace(&format!(
-            "failed to connect to localhost:{port} inside namespace \"{}\", IPv4: dial tcp4 127.0.0.1:{port}: \
-             connect: {cause} IPv6 dial tcp6 [::1]:{port}: connect: {cause} ",
-            self.sandbox
-        ))
+    fn fault(&self, port: u16) -> Option<ForwardFault> {
+        self.cluster
+            .faults
+            .port_forward(&self.namespace, &self.name, port)
+    }
+
+    fn reads_stalled(&self, port: u16) -> bool {
+        matches!(
+            self.fault(port),
+            Some(ForwardFault::Stalled | ForwardFault::NotReading)
+        )
+    }
+
+    fn writes_stalled(&self, port: u16) -> bool {
+        matches!(
+            self.fault(port),
+            Some(ForwardFault::Stalled | ForwardFault::NotWriting)
+        )
+    }
+
+    /// Copies from the client to the application.
+    async fn upload(
+        &self,
+        port: u16,
+        client: &impl Client,
+        mut socket: OwnedWriteHalf,
+        reading: &AtomicBool,
+    ) -> io::Result<()> {
+        let mut changes = self.cluster.faults.changes();
+        // What a socket holds whose application does not read.
+        let mut held = BytesMut::new();
+        let result = async {
+            loop {
+                reading.store(true, Ordering::Relaxed);
+                let bytes = loop {
+                    tokio::select! {
+                        bytes = client.read() => break bytes,
+                        _ = changes.changed() => if !self.reads_stalled(port) {
+                            socket.write_all_buf(&mut held).await?;
+                        },
+                    }
+                };
+                reading.store(false, Ordering::Relaxed);
+                let Some(bytes) = bytes else {
+                    return Ok(());
+                };
+                let length = bytes.len() as u64;
+                self.cluster
+                    .forwards
+                    .count(|counts| counts.bytes_to_pods += length);
+                for chunk in bytes.chunks(COPY_SIZE) {
+                    while self.reads_stalled(port) && held.len() + chunk.len() > STALLED_SOCKET {
+                        let _ = changes.changed().await;
+                    }
+                    if self.reads_stalled(port) {
+                        held.extend_from_slice(chunk);
+                    } else {
+                        socket.write_all_buf(&mut held).await?;
+                        socket.write_all(chunk).await?;
+                    }
+                }
+            }
+        }
+        .await;
+        // The write half must outlive the download: dropping it would be a half-close.
+        socket.forget();
+        result
+    }
+
+    /// Copies from the application to the client.
+    async fn download(&self, port: u16, mut socket: OwnedReadHalf, client: &impl Client) -> io::Result<()> {
+        let mut changes = self.cluster.faults.changes();
+        let mut buffer = BytesMut::new();
+        loop {
+            buffer.reserve(COPY_SIZE);
+            let read = socket.read_buf(&mut buffer).await;
+            while self.writes_stalled(port) {
+                let _ = changes.changed().await;
+            }
+            let length = read? as u64;
+            self.cluster
+                .forwards
+                .count(|counts| counts.bytes_from_pods += length);
+            if length == 0 || client.write(buffer.split().freeze()).await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The text of a failed dial (`containerd:internal/cri/server/sandbox_portforward_linux.go`,
+    /// `cri-o:internal/oci/runtime_oci_linux.go`, `kwok:pkg/kwok/server/debugging_port_forword.go`).
+    fn refused(&self, port: u16, cause: &str) -> Failure {
+        let sandbox = &self.sandbox;
+        let cause = match self.cluster.runtime() {
+            ContainerRuntime::Kwok => {
+                format!("failed to dial 127.0.0.1:{port}: dial tcp 127.0.0.1:{port}: connect: {cause}")
+            }
+            ContainerRuntime::CriO => format!(
+                "port forward into network namespace \"{}\": failed to connect to localhost:{port} inside namespace \
+                 {sandbox}: dial tcp 127.0.0.1:{port}: connect: {cause}",
+                self.network_namespace()
+            ),
+            _ => self.in_namespace(&format!(
+                "failed to connect to localhost:{port} inside namespace \"{sandbox}\", IPv4: dial tcp4 \
+                 127.0.0.1:{port}: connect: {cause} IPv6 dial tcp6 [::1]:{port}: connect: {cause} "
+            )),
+        };
+        Failure { reset: false, cause }
+    }
+
+    /// The error of a connection that broke while it was forwarded.
+    fn broken(&self, port: u16, error: &io::Error) -> Failure {
+        let verb = match error.kind() {
+            io::ErrorKind::BrokenPipe => "write",
+            _ => "read",
+        };
+        let peers = format!("127.0.0.1:49152->127.0.0.1:{port}");
+        Failure {
+            reset: matches!(
+                error.kind(),
+                io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+            ),
+            cause: self.in_namespace(&format!("{verb} tcp4 {peers}: {verb}: {}", go_error(error))),
+        }
     }
 
     fn in_namespace(&self, cause: &impl Display) -> String {
-        let netns = format!(
-            "/var/run/netns/cni-{}",
-            self.sandbox.get(..16).unwrap_or_default()
-        );
+        let netns = self.network_namespace();
         format!("failed to execute portforward in network namespace \"{netns}\": {cause}")
     }
-}
 
-/// A connected application that never reads: the kernel takes some bytes, then nothing moves.
-async fn stall(mut from_client: mpsc::Receiver<Bytes>) {
-    let mut taken = 0;
-    while let Some(bytes) = from_client.recv().await {
-        taken += bytes.len();
-        if taken > STALLED_BUFFER {
-            // Nobody will read on; the session's end cancels this.
-            std::future::pending::<()>().await;
-        }
+    fn network_namespace(&self) -> String {
+        format!(
+            "/var/run/netns/cni-{}",
+            self.sandbox.get(..16).unwrap_or_default()
+        )
     }
 }
 
-async fn upload(mut from_client: mpsc::Receiver<Bytes>, mut pod: OwnedWriteHalf) -> io::Result<()> {
-    let result = async {
-        while let Some(bytes) = from_client.recv().await {
-            pod.write_all(&bytes).await?;
-        }
-        Ok(())
-    }
-    .await;
-    // The write half must outlive the download: dropping it would be a half-close.
-    pod.forget();
-    result
-}
-
-async fn download<T>(
-    mut pod: OwnedReadHalf,
-    to_client: &mpsc::Sender<T>,
-    frame: impl Fn(Bytes) -> T,
-) -> io::Result<()> {
-    let mut buffer = BytesMut::new();
-    loop {
-        buffer.reserve(READ_SIZE);
-        if pod.read_buf(&mut buffer).await? == 0 {
-            return Ok(());
-        }
-        if to_client.send(frame(buffer.split().freeze())).await.is_err() {
-            return Ok(());
-        }
-    }
+/// Why a connection could not be forwarded, or no longer.
+#[derive(Debug)]
+struct Failure {
+    /// The application's side reset it: EPIPE or ECONNRESET.
+    reset: bool,
+    /// The runtime's words.
+    cause: String,
 }
 
 /// The words Go uses for a socket error.

@@ -1,340 +1,209 @@
-//! Port-forwards over SPDY/3.1, the form kubectl speaks.
+//! Port-forwards over SPDY/3.1, the form kubectl speaks, with the limits of the library every runtime uses.
 //!
-//! A forwarded connection is a pair of streams with one `requestid`: `data` carries bytes both ways, `error` carries
-//! the text of a failure (`cri-streaming:pkg/streaming/portforward/httpstream.go`).
+//! `moby/spdystream:connection.go` has one read loop and [`WORKERS`] workers, each with a queue of 50 frames and the
+//! streams whose id modulo the number of workers is its own. A worker handles frame by frame; with a payload it waits until
+//! the copier at the pod takes it. So an application that does not read stops its worker, and once that worker's queue is
+//! full, the read loop and with it the session. There is no other flow control: windows are neither granted nor heeded.
 
 mod frame;
 mod headers;
+mod pair;
+mod queue;
+mod session;
+mod stream;
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
+use futures_util::future::join_all;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
 use super::pod::Pod;
-use crate::testing::cluster::lock;
+use crate::testing::forwards::Controls;
 use frame::Frame;
-use headers::{Decoder, Encoder};
+use headers::Decoder;
+use session::{Arrival, Job, Session};
 
-/// Time within which the second stream of a pair must arrive (`DefaultStreamCreationTimeout`).
-const PAIR_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// DATA frames queued per stream before the whole session stops reading: the queue length of spdystream's workers.
-const STREAM_QUEUE: usize = 50;
+/// Workers of a session.
+const WORKERS: usize = 5;
 
 /// Frames that may wait for the socket.
 const WRITE_QUEUE: usize = 64;
 
-/// Serves one session until the client leaves or breaks the protocol.
-pub(super) async fn serve(
-    io: impl AsyncRead + AsyncWrite,
-    pod: Arc<Pod>,
-    tasks: TaskTracker,
-    ended: CancellationToken,
-) {
+/// Bytes read from the socket at once.
+const READ_SIZE: usize = 16 * 1024;
+
+/// The lowest priority, which spdystream gives to frames of no known stream.
+const LAST_PRIORITY: u8 = 7;
+
+/// Serves one session until its connection ends.
+///
+/// What it forwards lives on for a moment, as at a real runtime: bytes received before the end still go to the pod.
+pub(super) async fn serve(io: impl AsyncRead + AsyncWrite, pod: Arc<Pod>, controls: Controls) {
     let (read, write) = tokio::io::split(io);
+    tokio::pin!(read, write);
     let (out, outgoing) = mpsc::channel(WRITE_QUEUE);
-    let shared = Arc::new(Shared {
-        pod,
-        out,
-        streams: Mutex::default(),
-        pairs: Mutex::default(),
-    });
-    let session = Session {
-        shared,
-        tasks,
-        ended: ended.clone(),
-        decoder: Decoder::new(),
-        encoder: Encoder::default(),
-        next_stream: 1,
+    let session = Arc::new(Session::new(pod, out, controls.clone()));
+    let worked = start_workers(&session);
+    let mut writer = Writer {
+        write,
+        outgoing,
+        joined: BytesMut::new(),
     };
-    tokio::select! {
-        () = session.read_loop(read) => {}
-        () = write_loop(write, outgoing) => {}
+    let closed = async {
+        tokio::select! {
+            () = controls.go_away.cancelled() => {}
+            () = session.idle() => session.reset_all().await,
+        }
+        session.go_away().await;
+    };
+    let end = tokio::select! {
+        end = read_loop(read, &session) => end,
+        () = writer.run() => ReadEnd::Closed,
+        () = closed => {
+            writer.outgoing.close();
+            writer.run().await;
+            ReadEnd::Closed
+        }
+    };
+    // From here on nothing can be written.
+    writer.outgoing.close();
+    session.drain();
+    if let ReadEnd::GoAway = end {
+        // The connection ends once the queues are empty, so behind a stuck worker never.
+        worked.cancelled().await;
     }
-    // Every forward of the session ends with it.
-    ended.cancel();
 }
 
-/// The reading side of a session.
-struct Session {
-    /// What forwards use as well.
-    shared: Arc<Shared>,
-    /// Runs the forwards.
-    tasks: TaskTracker,
-    /// Ends the forwards.
-    ended: CancellationToken,
-    /// The client's header compression.
-    decoder: Decoder,
-    /// Our header compression.
-    encoder: Encoder,
-    /// Lowest id the next stream may have.
-    next_stream: u32,
+/// Runs the workers until the session has no more frames for them; then its streams end, and the token says so.
+fn start_workers(session: &Arc<Session>) -> CancellationToken {
+    let done = CancellationToken::new();
+    let (working, worked) = (session.clone(), done.clone());
+    session.spawn(async move {
+        join_all((0..WORKERS).map(|worker| working.work(worker))).await;
+        working.end_streams();
+        worked.cancel();
+    });
+    done
 }
 
-/// The part of a session its forwards share.
-struct Shared {
-    /// Where the bytes go.
-    pod: Arc<Pod>,
-    /// Encoded frames for the socket.
-    out: mpsc::Sender<Bytes>,
-    /// Open streams.
-    streams: Mutex<HashMap<u32, Stream>>,
-    /// Half pairs by request id: the stream that came first.
-    pairs: Mutex<HashMap<String, Half>>,
+/// Why a read loop has ended.
+enum ReadEnd {
+    /// The connection is closed, or its bytes make no sense.
+    Closed,
+    /// GOAWAY: the loop ends at once and reads nothing more.
+    GoAway,
 }
 
-/// An open stream.
-struct Stream {
-    /// Takes the client's bytes; gone after its FIN.
-    input: Option<mpsc::Sender<Bytes>>,
-    /// Cancelled when the client resets the stream.
-    reset: CancellationToken,
-}
-
-/// The first stream of a pair.
-enum Half {
-    /// `streamtype: error`
-    Error(u32),
-    /// `streamtype: data`, and what the client sends on it.
-    Data(u32, mpsc::Receiver<Bytes>),
-}
-
-impl Session {
-    async fn read_loop(mut self, read: impl AsyncRead) {
-        tokio::pin!(read);
-        let mut buffer = BytesMut::new();
-        loop {
-            loop {
-                match frame::parse(&mut buffer) {
-                    Ok(Some(frame)) => {
-                        if self.handle(frame).await.is_err() {
-                            return;
-                        }
-                    }
-                    Ok(None) => break,
+async fn read_loop(mut read: impl AsyncRead + Unpin, session: &Arc<Session>) -> ReadEnd {
+    let mut buffer = BytesMut::new();
+    let mut decoder = Decoder::new();
+    // Shared by PING and the frames that are parsed and ignored.
+    let mut round_robin = (0..WORKERS).cycle();
+    loop {
+        let frame = match frame::parse(&mut buffer) {
+            Ok(Some(frame)) => frame,
+            Ok(None) => {
+                buffer.reserve(READ_SIZE);
+                match read.read_buf(&mut buffer).await {
+                    Ok(1..) => continue,
+                    _ => return ReadEnd::Closed,
+                }
+            }
+            Err(error) => {
+                tracing::debug!(%error, "SPDY session broken");
+                return ReadEnd::Closed;
+            }
+        };
+        session.received(&frame);
+        let (worker, priority, job) = match frame {
+            Frame::GoAway => return ReadEnd::GoAway,
+            Frame::Ping { id } => (round_robin.next(), 0, Job::Ping { id }),
+            Frame::Ignored => (round_robin.next(), LAST_PRIORITY, Job::Nothing),
+            Frame::SynStream {
+                stream: id,
+                fin,
+                priority,
+                headers,
+            } => {
+                let headers = match decoder.decode(&headers) {
+                    Ok(headers) => headers,
                     Err(error) => {
                         tracing::debug!(%error, "SPDY session broken");
-                        return;
+                        return ReadEnd::Closed;
                     }
+                };
+                match session.arrive(id, fin, priority) {
+                    Arrival::New(stream) => (worker_of(id), priority, Job::Open { stream, headers }),
+                    Arrival::Refused => {
+                        // Outside the loop and the workers: it must neither wait for them nor hold them up.
+                        let refusing = session.clone();
+                        session.spawn(async move { refusing.refuse(id).await });
+                        continue;
+                    }
+                    Arrival::Ignored => continue,
                 }
             }
-            buffer.reserve(16 * 1024);
-            if !matches!(read.read_buf(&mut buffer).await, Ok(1..)) {
-                return;
+            Frame::SynReply { stream, headers } | Frame::Headers { stream, headers }
+                if decoder.decode(&headers).is_err() =>
+            {
+                tracing::debug!(stream, "SPDY session broken by its headers");
+                return ReadEnd::Closed;
             }
-        }
-    }
-
-    /// Handles one frame; an error ends the session.
-    async fn handle(&mut self, frame: Frame) -> Result<(), ()> {
-        match frame {
-            Frame::SynStream { stream, fin, headers } => {
-                let headers = self.decode(&headers)?;
-                self.open(stream, fin, &headers).await;
+            Frame::SynReply { stream, .. } => (worker_of(stream), session.priority(stream), Job::Nothing),
+            Frame::Headers { stream, .. } => (
+                worker_of(stream),
+                session.priority(stream),
+                Job::Headers { stream },
+            ),
+            Frame::Data { stream, fin, payload } => (
+                worker_of(stream),
+                session.priority(stream),
+                Job::Data { stream, fin, payload },
+            ),
+            Frame::RstStream { stream, .. } => {
+                (worker_of(stream), session.priority(stream), Job::Reset { stream })
             }
-            Frame::Headers { headers } => drop(self.decode(&headers)?),
-            Frame::Data { stream, fin, payload } => {
-                let input = self.shared.input(stream, fin);
-                // Data for unknown or finished streams is dropped, as spdystream does.
-                if let Some(input) = input
-                    && !payload.is_empty()
-                {
-                    let _ = input.send(payload).await;
-                }
-            }
-            Frame::RstStream { stream } => self.shared.reset(stream),
-            // Even ids would be answers to pings of ours.
-            Frame::Ping { id } if id % 2 == 1 => self.shared.send(frame::ping(id)).await,
-            Frame::Ping { .. } | Frame::Ignored => {}
-            // spdystream leaves its read loop at once and ends every stream.
-            Frame::GoAway => return Err(()),
-        }
-        Ok(())
-    }
-
-    fn decode(&mut self, block: &[u8]) -> Result<HashMap<String, String>, ()> {
-        self.decoder
-            .decode(block)
-            .map_err(|error| tracing::debug!(%error, "SPDY session broken"))
-    }
-
-    async fn open(&mut self, stream: u32, fin: bool, headers: &HashMap<String, String>) {
-        if stream < self.next_stream {
-            self.shared
-                .send(frame::rst_stream(stream, frame::PROTOCOL_ERROR))
-                .await;
-            return;
-        }
-        self.next_stream = stream.saturating_add(2);
-        let Some(purpose) = Purpose::of(headers) else {
-            self.shared.send(frame::rst_stream(stream, frame::CANCEL)).await;
-            return;
         };
-        let (input, receiver) = mpsc::channel(STREAM_QUEUE);
-        let entry = Stream {
-            input: Some(input).filter(|_| !fin),
-            reset: self.ended.child_token(),
-        };
-        lock(&self.shared.streams).insert(stream, entry);
-        let reply = self.encoder.empty();
-        self.shared.send(frame::syn_reply(stream, &reply)).await;
-        let half = if purpose.data {
-            Half::Data(stream, receiver)
-        } else {
-            Half::Error(stream)
-        };
-        self.pair(half, purpose);
-    }
-
-    /// Starts the forward when both streams are there.
-    fn pair(&self, half: Half, Purpose { port, request, .. }: Purpose) {
-        let first = lock(&self.shared.pairs).remove(&request);
-        match (first, half) {
-            (Some(Half::Error(error)), Half::Data(data, input))
-            | (Some(Half::Data(data, input)), Half::Error(error)) => {
-                self.spawn(forward(self.shared.clone(), port, data, error, input));
-            }
-            (_, half) => {
-                lock(&self.shared.pairs).insert(request.clone(), half);
-                self.spawn(pair_timeout(self.shared.clone(), request));
-            }
-        }
-    }
-
-    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        let ended = self.ended.clone();
-        self.tasks.spawn(async move {
-            tokio::select! {
-                () = task => {}
-                () = ended.cancelled() => {}
-            }
-        });
+        session.push(worker.unwrap_or_default(), priority, job).await;
     }
 }
 
-/// What a new stream is for.
-struct Purpose {
-    /// A data stream, else an error stream.
-    data: bool,
-    /// Container port.
-    port: u16,
-    /// Names the pair.
-    request: String,
-}
-
-impl Purpose {
-    fn of(headers: &HashMap<String, String>) -> Option<Self> {
-        let data = match headers.get("streamtype")?.as_str() {
-            "data" => true,
-            "error" => false,
-            _ => return None,
-        };
-        let port = headers.get("port")?.parse().ok().filter(|&port| port != 0)?;
-        Some(Self {
-            data,
-            port,
-            request: headers.get("requestid")?.clone(),
-        })
-    }
-}
-
-impl Shared {
-    /// Queues a frame; a session whose socket is gone is about to end anyway.
-    async fn send(&self, frame: Bytes) {
-        let _ = self.out.send(frame).await;
-    }
-
-    /// The queue of a stream; with `fin` it is handed out for the last time.
-    fn input(&self, stream: u32, fin: bool) -> Option<mpsc::Sender<Bytes>> {
-        let mut streams = lock(&self.streams);
-        let stream = streams.get_mut(&stream)?;
-        if fin {
-            stream.input.take()
-        } else {
-            stream.input.clone()
-        }
-    }
-
-    fn reset(&self, stream: u32) {
-        if let Some(stream) = lock(&self.streams).remove(&stream) {
-            stream.reset.cancel();
-        }
-    }
-
-    fn forget(&self, stream: u32) {
-        lock(&self.streams).remove(&stream);
-    }
-}
-
-/// Runs one forwarded connection and reports its end as containerd 2.1 and later do.
-async fn forward(shared: Arc<Shared>, port: u16, data: u32, error: u32, input: mpsc::Receiver<Bytes>) {
-    let Some(reset) = lock(&shared.streams)
-        .get(&data)
-        .map(|stream| stream.reset.clone())
-    else {
-        return;
-    };
-    let moved = shared
-        .pod
-        .forward(port, input, &shared.out, |bytes| frame::data(data, false, &bytes));
-    let result = tokio::select! {
-        result = moved => result,
-        () = reset.cancelled() => Ok(()),
-    };
-    if !reset.is_cancelled() {
-        shared.send(frame::data(data, true, &[])).await;
-    }
-    match result {
-        Ok(()) => shared.send(frame::data(error, true, &[])).await,
-        Err(text) => {
-            shared.send(frame::data(error, false, text.as_bytes())).await;
-            shared.send(frame::rst_stream(error, frame::CANCEL)).await;
-        }
-    }
-    shared.forget(data);
-    shared.forget(error);
-}
-
-/// Gives half a pair up when its other half does not come.
-async fn pair_timeout(shared: Arc<Shared>, request: String) {
-    tokio::time::sleep(PAIR_TIMEOUT).await;
-    let Some(half) = lock(&shared.pairs).remove(&request) else {
-        return;
-    };
-    match half {
-        Half::Error(stream) => {
-            let text = format!("(request={request}) timed out waiting for streams");
-            shared.send(frame::data(stream, false, text.as_bytes())).await;
-            shared.send(frame::rst_stream(stream, frame::CANCEL)).await;
-            shared.forget(stream);
-        }
-        Half::Data(stream, _) => {
-            shared.send(frame::rst_stream(stream, frame::CANCEL)).await;
-            shared.forget(stream);
-        }
-    }
+fn worker_of(stream: u32) -> Option<usize> {
+    usize::try_from(stream).ok().map(|stream| stream % WORKERS)
 }
 
 /// Writes queued frames, as many at once as there are.
-async fn write_loop(write: impl AsyncWrite, mut outgoing: mpsc::Receiver<Bytes>) {
-    tokio::pin!(write);
-    let mut frames = Vec::with_capacity(WRITE_QUEUE);
-    let mut joined = BytesMut::new();
-    while outgoing.recv_many(&mut frames, WRITE_QUEUE).await > 0 {
-        for frame in frames.drain(..) {
-            joined.extend_from_slice(&frame);
-        }
-        if write.write_all_buf(&mut joined).await.is_err() || write.flush().await.is_err() {
-            return;
+struct Writer<W> {
+    /// The socket.
+    write: W,
+    /// Frames to write.
+    outgoing: mpsc::Receiver<Bytes>,
+    /// Frames joined for one write; here, so that a run can go on where another was dropped.
+    joined: BytesMut,
+}
+
+impl<W: AsyncWrite + Unpin> Writer<W> {
+    /// Runs until the socket fails or the queue is closed and empty. Cancel-safe.
+    async fn run(&mut self) {
+        loop {
+            if self.write.write_all_buf(&mut self.joined).await.is_err() {
+                return;
+            }
+            if self.outgoing.is_empty() && self.write.flush().await.is_err() {
+                return;
+            }
+            let Some(frame) = self.outgoing.recv().await else {
+                return;
+            };
+            self.joined.extend_from_slice(&frame);
+            while self.joined.len() < READ_SIZE
+                && let Ok(frame) = self.outgoing.try_recv()
+            {
+                self.joined.extend_from_slice(&frame);
+            }
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

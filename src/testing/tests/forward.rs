@@ -1,4 +1,4 @@
-//! Port-forwards over WebSocket channels; SPDY is tried by real kubectl binaries in `tests/kubectl`.
+//! Port-forwards over WebSocket channels.
 
 use std::time::Duration;
 
@@ -112,12 +112,8 @@ async fn a_reset_comes_after_the_first_bytes() {
     let scene = Scene::with(Serve::Echo).await;
     scene.break_with(ForwardFault::Reset);
     let mut forwarder = scene.forward().await.unwrap();
-    forwarder
-        .take_stream(5432)
-        .unwrap()
-        .write_all(b"hello")
-        .await
-        .unwrap();
+    let mut stream = forwarder.take_stream(5432).unwrap();
+    stream.write_all(b"hello").await.unwrap();
     assert!(
         error_text(&mut forwarder)
             .await

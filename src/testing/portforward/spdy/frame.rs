@@ -33,6 +33,8 @@ pub(super) enum Frame {
         stream: u32,
         /// Opened half-closed.
         fin: bool,
+        /// From 0, the first to be handled, to 7.
+        priority: u8,
         /// Compressed headers.
         headers: Bytes,
     },
@@ -40,6 +42,8 @@ pub(super) enum Frame {
     RstStream {
         /// Stream id.
         stream: u32,
+        /// Why.
+        status: u32,
     },
     /// A ping, to be echoed if the client started it.
     Ping {
@@ -48,8 +52,17 @@ pub(super) enum Frame {
     },
     /// The client will open no more streams.
     GoAway,
-    /// Headers of a known stream: of no use here, but they move the decompressor.
+    /// SYN_REPLY: servers ignore it, but it moves the decompressor.
+    SynReply {
+        /// Stream id.
+        stream: u32,
+        /// Compressed headers.
+        headers: Bytes,
+    },
+    /// Headers of a known stream.
     Headers {
+        /// Stream id.
+        stream: u32,
         /// Compressed headers.
         headers: Bytes,
     },
@@ -66,9 +79,15 @@ pub(super) enum FrameError {
     /// A length that does not fit the type.
     #[error("control frame of type {0} has a wrong length")]
     Length(u16),
-    /// Stream id zero.
-    #[error("stream id is zero")]
-    ZeroStream,
+    /// Flags a frame of the type cannot have.
+    #[error("control frame of type {0} has flags")]
+    Flags(u16),
+    /// Stream or ping id zero.
+    #[error("id is zero")]
+    ZeroId,
+    /// RST_STREAM with status zero.
+    #[error("reset without a status")]
+    ZeroStatus,
 }
 
 /// Takes the next frame off the buffer; `None` when more bytes are needed.
@@ -79,7 +98,7 @@ pub(super) fn parse(buffer: &mut BytesMut) -> Result<Option<Frame>, FrameError> 
     }
     let word = head.get_u32();
     let flags_length = head.get_u32();
-    let fin = (flags_length >> 24) as u8 & FLAG_FIN != 0;
+    let flags = (flags_length >> 24) as u8;
     let length = (flags_length & 0x00ff_ffff) as usize;
     let control = word & 0x8000_0000 != 0;
     let kind = (word & 0xffff) as u16;
@@ -96,11 +115,11 @@ pub(super) fn parse(buffer: &mut BytesMut) -> Result<Option<Frame>, FrameError> 
     buffer.advance(8);
     let payload = buffer.split_to(length).freeze();
     if control {
-        return control_frame(word, kind, fin, payload).map(Some);
+        return control_frame(word, kind, flags, payload).map(Some);
     }
     Ok(Some(Frame::Data {
-        stream: stream_id(word)?,
-        fin,
+        stream: id(word)?,
+        fin: flags & FLAG_FIN != 0,
         payload,
     }))
 }
@@ -119,6 +138,14 @@ pub(super) fn rst_stream(stream: u32, status: u32) -> Bytes {
     let mut frame = control(3, 8);
     frame.put_u32(stream);
     frame.put_u32(status);
+    frame.freeze()
+}
+
+/// GOAWAY with status OK.
+pub(super) fn go_away(last_stream: u32) -> Bytes {
+    let mut frame = control(7, 8);
+    frame.put_u32(last_stream);
+    frame.put_u32(0);
     frame.freeze()
 }
 
@@ -148,51 +175,62 @@ fn control(kind: u16, length: u32) -> BytesMut {
     frame
 }
 
-fn control_frame(word: u32, kind: u16, fin: bool, mut payload: Bytes) -> Result<Frame, FrameError> {
-    let at_least = |length: usize| {
-        if payload.len() < length {
-            Err(FrameError::Length(kind))
-        } else {
-            Ok(())
-        }
+fn control_frame(word: u32, kind: u16, flags: u8, mut payload: Bytes) -> Result<Frame, FrameError> {
+    let (shortest, longest, flags_allowed) = match kind {
+        1 => (10, MAX_CONTROL, true),
+        2 | 8 => (4, MAX_CONTROL, true),
+        3 => (8, 8, true),
+        4 => (4, MAX_CONTROL, true),
+        6 => (4, 4, false),
+        7 | 9 => (8, 8, false),
+        _ => return Err(FrameError::Unsupported(word)),
     };
-    match kind {
-        1 => {
-            at_least(10)?;
-            let stream = stream_id(payload.get_u32())?;
-            payload.advance(6);
-            Ok(Frame::SynStream {
-                stream,
-                fin,
-                headers: payload,
-            })
-        }
-        3 => {
-            at_least(8)?;
-            Ok(Frame::RstStream {
-                stream: stream_id(payload.get_u32())?,
-            })
-        }
-        6 => {
-            at_least(4)?;
-            Ok(Frame::Ping {
-                id: payload.get_u32(),
-            })
-        }
-        7 => Ok(Frame::GoAway),
-        2 | 8 => {
-            at_least(4)?;
-            stream_id(payload.get_u32())?;
-            Ok(Frame::Headers { headers: payload })
-        }
-        4 | 9 => Ok(Frame::Ignored),
-        _ => Err(FrameError::Unsupported(word)),
+    if !(shortest..=longest).contains(&payload.len()) {
+        return Err(FrameError::Length(kind));
     }
+    if flags != 0 && !flags_allowed {
+        return Err(FrameError::Flags(kind));
+    }
+    // Long enough for every read below.
+    let first = payload.get_u32();
+    Ok(match kind {
+        1 => {
+            payload.advance(4);
+            let priority = payload.get_u8() >> 5;
+            payload.advance(1);
+            Frame::SynStream {
+                stream: id(first)?,
+                fin: flags & FLAG_FIN != 0,
+                priority,
+                headers: payload,
+            }
+        }
+        2 => Frame::SynReply {
+            stream: id(first)?,
+            headers: payload,
+        },
+        3 => match payload.get_u32() {
+            0 => return Err(FrameError::ZeroStatus),
+            status => Frame::RstStream {
+                stream: id(first)?,
+                status,
+            },
+        },
+        6 if first == 0 => return Err(FrameError::ZeroId),
+        6 => Frame::Ping { id: first },
+        7 => Frame::GoAway,
+        8 => Frame::Headers {
+            stream: id(first)?,
+            headers: payload,
+        },
+        4 if first as usize > payload.len() / 8 => return Err(FrameError::Length(kind)),
+        _ => Frame::Ignored,
+    })
 }
 
-fn stream_id(word: u32) -> Result<u32, FrameError> {
+fn id(word: u32) -> Result<u32, FrameError> {
     match word & 0x7fff_ffff {
-        0 => Err(FrameError::ZeroStream),
+        0 => Err(FrameError::ZeroId),
         id => Ok(id),
     }
 }
@@ -214,7 +252,10 @@ mod tests {
                 payload: Bytes::from_static(b"hello"),
             },
             Frame::Ping { id: 7 },
-            Frame::RstStream { stream: 5 },
+            Frame::RstStream {
+                stream: 5,
+                status: CANCEL,
+            },
         ];
         for step in 1..=wire.len() {
             let mut buffer = BytesMut::new();
@@ -233,7 +274,7 @@ mod tests {
     #[test]
     fn what_kills_a_real_session_is_an_error_here() {
         let parse = |bytes: &[u8]| parse(&mut BytesMut::from(bytes));
-        assert_eq!(parse(&[0, 0, 0, 0, 0, 0, 0, 0]), Err(FrameError::ZeroStream));
+        assert_eq!(parse(&[0, 0, 0, 0, 0, 0, 0, 0]), Err(FrameError::ZeroId));
         assert_eq!(
             parse(&[0x80, 3, 0, 5, 0, 0, 0, 0]),
             Err(FrameError::Unsupported(0x8003_0005))
@@ -245,6 +286,22 @@ mod tests {
         assert_eq!(
             parse(&[0x80, 3, 0, 3, 0, 0, 0, 4, 0, 0, 0, 1]),
             Err(FrameError::Length(3))
+        );
+        assert_eq!(
+            parse(&[0x80, 3, 0, 3, 0, 0, 0, 8, 0, 0, 0, 1, 0, 0, 0, 0]),
+            Err(FrameError::ZeroStatus)
+        );
+        assert_eq!(
+            parse(&[0x80, 3, 0, 6, 0, 0, 0, 4, 0, 0, 0, 0]),
+            Err(FrameError::ZeroId)
+        );
+        assert_eq!(
+            parse(&[0x80, 3, 0, 6, 1, 0, 0, 4, 0, 0, 0, 1]),
+            Err(FrameError::Flags(6))
+        );
+        assert_eq!(
+            parse(&[0x80, 3, 0, 4, 0, 0, 0, 4, 0, 0, 0, 1]),
+            Err(FrameError::Length(4))
         );
     }
 

@@ -11,16 +11,34 @@ static DICTIONARY: &[u8; 1423] = include_bytes!("dictionary.bin");
 /// Largest inflated block taken; CVE-2026-35469 is about peers without such a bound.
 const MAX_BLOCK: usize = 64 * 1024;
 
+/// Most headers taken in a block, as spdystream does since the fix of that CVE.
+const MAX_HEADERS: u32 = 1000;
+
+/// What Z_SYNC_FLUSH appends: length and inverted length of an empty stored block.
+const FLUSH: [u8; 4] = [0x00, 0x00, 0xff, 0xff];
+
+/// Names the peer refuses in a request (`moby/spdystream:spdy/types.go`).
+const FORBIDDEN_NAMES: [&str; 5] = [
+    "connection",
+    "host",
+    "keep-alive",
+    "proxy-connection",
+    "transfer-encoding",
+];
+
 /// Why a header block cannot be read. Any of these ends the session: the compression state is lost.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum HeaderError {
     /// Not the continuation of the session's zlib stream.
     #[error("header block does not inflate")]
     Inflate(#[from] flate2::DecompressError),
+    /// The block before this one did not end with a flush.
+    #[error("header blocks are not flushed")]
+    NotFlushed,
     /// The inflated block is cut short or oversized.
     #[error("header block is malformed")]
     Malformed,
-    /// Names must be lower case and unique.
+    /// Names must be lower case and unique, and not those of HTTP/1.1 connections.
     #[error("header name {0:?} is not allowed")]
     Name(String),
 }
@@ -30,6 +48,9 @@ pub(super) enum HeaderError {
 pub(super) struct Decoder {
     /// The client's zlib stream.
     inflate: Decompress,
+    /// The last block did not end with a flush. Go's decompressor gives such a block out only because it meets the end of
+    /// its input, and repeats that error ever after.
+    broken: bool,
 }
 
 /// Writes our header blocks, in wire order.
@@ -44,11 +65,15 @@ impl Decoder {
     pub(super) fn new() -> Self {
         Self {
             inflate: Decompress::new(true),
+            broken: false,
         }
     }
 
     /// Inflates and reads one block.
     pub(super) fn decode(&mut self, mut block: &[u8]) -> Result<HashMap<String, String>, HeaderError> {
+        if std::mem::replace(&mut self.broken, !block.ends_with(&FLUSH)) {
+            return Err(HeaderError::NotFlushed);
+        }
         let mut plain = Vec::with_capacity(1024);
         loop {
             if plain.len() == plain.capacity() {
@@ -102,11 +127,15 @@ impl Encoder {
 
 fn read_pairs(mut block: Bytes) -> Result<HashMap<String, String>, HeaderError> {
     let count = block.try_get_u32().map_err(|_| HeaderError::Malformed)?;
+    if count > MAX_HEADERS {
+        return Err(HeaderError::Malformed);
+    }
     let mut headers = HashMap::new();
     for _ in 0..count {
         let name = read_text(&mut block)?;
         let value = read_text(&mut block)?;
-        if name.is_empty() || name.chars().any(|c| c.is_ascii_uppercase()) || headers.contains_key(&name) {
+        let forbidden = name.is_empty() || FORBIDDEN_NAMES.contains(&name.as_str());
+        if forbidden || name.chars().any(|c| c.is_ascii_uppercase()) || headers.contains_key(&name) {
             return Err(HeaderError::Name(name));
         }
         headers.insert(name, value);
@@ -180,6 +209,14 @@ mod tests {
     }
 
     #[test]
+    fn a_block_without_a_flush_is_the_last() {
+        let mut decoder = Decoder::new();
+        let stored = b"\x00\x04\x00\xfb\xff\x00\x00\x00\x00";
+        assert!(decoder.decode(&[b"\x78\x01", &stored[..]].concat()).is_ok());
+        assert!(matches!(decoder.decode(stored), Err(HeaderError::NotFlushed)));
+    }
+
+    #[test]
     fn bad_names_and_lengths_are_refused() {
         let decode = |pairs: &[(&str, &str)]| {
             let mut deflate = Compress::new(Compression::fast(), true);
@@ -187,6 +224,11 @@ mod tests {
         };
         assert!(decode(&[("Port", "1")]).is_err());
         assert!(decode(&[("port", "1"), ("port", "2")]).is_err());
+        assert!(decode(&[("host", "1")]).is_err());
+        let many: Vec<String> = (0..=MAX_HEADERS).map(|n| n.to_string()).collect();
+        let many: Vec<(&str, &str)> = many.iter().map(|name| (name.as_str(), "")).collect();
+        assert!(decode(&many[..many.len() - 1]).is_ok());
+        assert!(decode(&many).is_err());
         assert!(
             Decoder::new()
                 .decode(b"\x78\x01\x00\x02\x00\xfd\xff\x00\x00\x00\x00\x00\xff\xff")
