@@ -14,11 +14,13 @@
     reason = "a failed step fails the test, and the panic says where"
 )]
 
+mod cases;
 mod client;
 mod cluster;
 mod command;
 mod conformance;
 mod events;
+mod front;
 mod grpc;
 mod http;
 mod large;
@@ -28,6 +30,7 @@ mod outage;
 mod pods;
 mod ports;
 mod program;
+mod protocols;
 mod rights;
 mod scene;
 mod secure;
