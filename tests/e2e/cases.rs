@@ -1,21 +1,20 @@
 //! What is sent through each pair of protocols: one exchange of each kind that people rely on.
 
 use anyhow::{Context, Result, bail, ensure};
-use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use http::{HeaderMap, HeaderValue, Request};
 use http_body_util::BodyExt;
-use hyper::body::{Frame, Incoming};
+use hyper::body::Frame;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::mpsc::UnboundedSender;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::{self, Message, protocol::Role};
 
-use crate::client::{Body, Client, empty, get, pieces};
+use crate::client::{Client, Pieces, empty, get, pieces};
 use crate::events::Events;
 use crate::front::{Front, Io};
 use crate::program::Proxy;
+use crate::rpc::{self, Bidi};
 
 /// One kind of exchange.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,7 +69,7 @@ impl Case {
             Self::Events => events(&mut client, host).await,
             Self::WebSocket if front.is_http2() => web_socket_by_connect(&mut client, host).await,
             Self::WebSocket => web_socket(front.stream(proxy, host).await?, host).await,
-            Self::GrpcUnary => grpc_unary(&mut client, host).await,
+            Self::GrpcUnary => rpc::unary(&mut client, host).await.map(drop),
             Self::GrpcBidi => grpc_bidi(&mut client, host).await,
             Self::Continue if front.is_http2() => no_interim_response(&mut client, host).await,
             Self::Continue => interim_response(front.stream(proxy, host).await?, host).await,
@@ -232,107 +231,10 @@ async fn no_interim_response(client: &mut Client, host: &str) -> Result<()> {
     bail!("answered without an interim response")
 }
 
-/// `response_size` 3 of `SimpleRequest`, and the `SimpleResponse` that it asks for: `payload.body` of three zeros.
-const UNARY: &[u8] = &[0x10, 3];
-const UNARY_ANSWER: &[u8] = &[0x0a, 5, 0x12, 3, 0, 0, 0];
-/// The same with `response_parameters.size` of `StreamingOutputCallRequest`.
-const STREAMING: &[u8] = &[0x12, 2, 0x08, 3];
-
-async fn grpc_unary(client: &mut Client, host: &str) -> Result<()> {
-    let (send, body) = pieces();
-    send_message(&send, UNARY)?;
-    drop(send);
-    let mut back = call(client, host, "UnaryCall", body).await?;
-    ensure!(back.message().await? == UNARY_ANSWER);
-    back.ok().await
-}
-
 /// Each message is answered before the next is sent.
 async fn grpc_bidi(client: &mut Client, host: &str) -> Result<()> {
-    let (send, body) = pieces();
-    send_message(&send, STREAMING)?;
-    let mut back = call(client, host, "FullDuplexCall", body).await?;
-    ensure!(back.message().await? == UNARY_ANSWER);
-    for _ in 0..2 {
-        send_message(&send, STREAMING)?;
-        ensure!(back.message().await? == UNARY_ANSWER);
-    }
-    drop(send);
-    back.ok().await
-}
-
-fn send_message(send: &UnboundedSender<Frame<Bytes>>, message: &[u8]) -> Result<()> {
-    let length = u32::try_from(message.len())?.to_be_bytes();
-    send.send(Frame::data([&[0], &length[..], message].concat().into()))?;
-    Ok(())
-}
-
-/// Calls a method of the interop test service (grpc/doc/PROTOCOL-HTTP2.md).
-async fn call(client: &mut Client, host: &str, method: &str, body: Body) -> Result<Pieces> {
-    let request = Request::post(format!("/grpc.testing.TestService/{method}"))
-        .header("host", host)
-        .header("content-type", "application/grpc")
-        .header("te", "trailers");
-    let response = client.send(request.body(body)?).await?;
-    let (head, body) = response.into_parts();
-    ensure!(head.status == 200, "{}", head.status);
-    if let Some(status) = head.headers.get("grpc-status") {
-        bail!("grpc-status {status:?} {:?}", head.headers.get("grpc-message"));
-    }
-    Ok(Pieces::of(body))
-}
-
-/// Reads a body by length.
-struct Pieces {
-    body: Incoming,
-    read: Vec<u8>,
-}
-
-impl Pieces {
-    fn of(body: Incoming) -> Self {
-        Self {
-            body,
-            read: Vec::new(),
-        }
-    }
-
-    async fn take(&mut self, length: usize) -> Result<Vec<u8>> {
-        while self.read.len() < length {
-            let frame = self.body.frame().await.context("the body ended")??;
-            let data = frame.into_data().ok().context("trailers in place of data")?;
-            self.read.extend_from_slice(&data);
-        }
-        Ok(self.read.drain(..length).collect())
-    }
-
-    /// Reads a gRPC message, uncompressed.
-    async fn message(&mut self) -> Result<Vec<u8>> {
-        let head = self.take(5).await?;
-        let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]);
-        self.take(length.try_into()?).await
-    }
-
-    /// Reads the end, and the trailers before it.
-    async fn end(&mut self) -> Result<Option<HeaderMap>> {
-        loop {
-            ensure!(self.read.is_empty(), "more data: {:?}", self.read);
-            let Some(frame) = self.body.frame().await.transpose()? else {
-                return Ok(None);
-            };
-            match frame.into_data() {
-                // HTTP/2 may end a body with an empty frame.
-                Ok(data) => self.read.extend_from_slice(&data),
-                Err(frame) => return Ok(frame.into_trailers().ok()),
-            }
-        }
-    }
-
-    async fn ok(&mut self) -> Result<()> {
-        let trailers = self.end().await?.context("no trailers")?;
-        ensure!(
-            trailers.get("grpc-status").is_some_and(|status| status == "0"),
-            "{trailers:?}"
-        );
-        Ok(())
-    }
+    let mut call = Bidi::open(client, host).await?;
+    call.again().await?;
+    call.again().await?;
+    call.close().await
 }

@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use futures_util::stream;
 use http::{HeaderMap, Request, Response, StatusCode};
@@ -201,5 +201,45 @@ impl Reply {
             .as_str()
             .unwrap_or_else(|| panic!("no pod in {}", self.text()))
             .to_owned()
+    }
+}
+
+/// Reads the body of a response by length, while more of it is to come.
+pub(crate) struct Pieces {
+    body: Incoming,
+    read: Vec<u8>,
+}
+
+impl Pieces {
+    pub(crate) fn of(body: Incoming) -> Self {
+        Self {
+            body,
+            read: Vec::new(),
+        }
+    }
+
+    /// Waits for that many bytes.
+    pub(crate) async fn take(&mut self, length: usize) -> Result<Vec<u8>> {
+        while self.read.len() < length {
+            let frame = self.body.frame().await.context("the body ended")??;
+            let data = frame.into_data().ok().context("trailers in place of data")?;
+            self.read.extend_from_slice(&data);
+        }
+        Ok(self.read.drain(..length).collect())
+    }
+
+    /// Waits for the end, and the trailers before it.
+    pub(crate) async fn end(&mut self) -> Result<Option<HeaderMap>> {
+        loop {
+            ensure!(self.read.is_empty(), "more data: {:?}", self.read);
+            let Some(frame) = self.body.frame().await.transpose()? else {
+                return Ok(None);
+            };
+            match frame.into_data() {
+                // HTTP/2 may end a body with an empty frame.
+                Ok(data) => self.read.extend_from_slice(&data),
+                Err(frame) => return Ok(frame.into_trailers().ok()),
+            }
+        }
     }
 }

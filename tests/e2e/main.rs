@@ -5,6 +5,7 @@
 //! | `KUBECONFIG` | a cluster whose nodes have the test server's image; its user may do everything | must be set |
 //! | `KUBE_TUNNEL_TEST_IMAGE` | that image | `kube-tunnel-test/server:dev` |
 //! | `KUBE_TUNNEL_BIN` | the program | `target/release/kube-tunnel` |
+//! | `KUBE_TUNNEL_SOAK_SECONDS` | how long each series of rollouts under load lasts | 20 |
 //! | `KUBE_TUNNEL_CLUSTER_STATE` | says that the cluster is one of `tests/cluster/up`, with components to end | unset |
 //!
 //! `kubectl`, `grpcurl`, `grpc-interop-client`, `h2spec`, `curl`, `unshare` and `kill` come from `PATH`. What is missing is a failure,
@@ -14,17 +15,20 @@
     reason = "a failed step fails the test, and the panic says where"
 )]
 
+mod cancel;
 mod cases;
 mod client;
 mod cluster;
 mod command;
 mod conformance;
+mod delay;
 mod events;
 mod front;
 mod grpc;
 mod http;
 mod large;
 mod lifecycle;
+mod load;
 mod note;
 mod outage;
 mod pods;
@@ -32,6 +36,8 @@ mod ports;
 mod program;
 mod protocols;
 mod rights;
+mod rolling;
+mod rpc;
 mod scene;
 mod secure;
 mod stalled;
