@@ -8,8 +8,8 @@
 //! | `KUBE_TUNNEL_SOAK_SECONDS` | how long each series of rollouts under load lasts | 20 |
 //! | `KUBE_TUNNEL_CLUSTER_STATE` | says that the cluster is one of `tests/cluster/up`, with components to end | unset |
 //!
-//! `kubectl`, `grpcurl`, `grpc-interop-client`, `h2spec`, `curl`, `unshare` and `kill` come from `PATH`. What is missing is a failure,
-//! not a skip; on a cluster of another kind leave out what ends components with `-- --skip outage`.
+//! `kubectl`, `curl`, `node`, `unshare`, `kill` and what `tests/cluster/tools` names come from `PATH`. What is missing is a failure, not a
+//! skip; on a cluster of another kind leave out what ends components with `-- --skip outage`.
 #![expect(
     clippy::unwrap_used,
     reason = "a failed step fails the test, and the panic says where"
@@ -18,6 +18,7 @@
 mod cancel;
 mod cases;
 mod client;
+mod clients;
 mod cluster;
 mod command;
 mod conformance;
@@ -25,6 +26,7 @@ mod delay;
 mod events;
 mod front;
 mod grpc;
+mod hosts;
 mod http;
 mod large;
 mod lifecycle;
