@@ -46,7 +46,7 @@ const BACKS: [Back; 6] = [
     back("h2c (`appProtocol: kubernetes.io/h2c`)", 8082, false, true),
     back("HTTP/1.1 and h2c", 80, true, true),
     back("HTTP/1.1 over TLS (name `https-…`)", 8444, true, false),
-    back("h2 over TLS (`appProtocol: h2`)", 8445, false, true),
+    back("h2 over TLS (name `https-…`)", 8445, false, true),
     back("HTTP/1.1 and h2 over TLS (name `https`)", 443, true, true),
 ];
 

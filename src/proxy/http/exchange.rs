@@ -91,6 +91,7 @@ pub(super) async fn exchange(
             server_name: hint
                 .tls
                 .then(|| destination.service.dns_name(&context.naming.zone).into()),
+            alone: hint.tls && upgrade.is_some(),
         };
         let Failure {
             error,

@@ -13,6 +13,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tracing::debug;
 
+use crate::proxy::error::Error;
 use crate::proxy::replay::RequestBody;
 use crate::proxy::upstream::cause::{Cause, Noted};
 use crate::proxy::upstream::{Fresh, MAX_FIELDS, Peer, Shared, lock};
@@ -37,7 +38,7 @@ pub(super) struct Pool {
     state: Mutex<State>,
 }
 
-type Waiting = oneshot::Sender<Result<(Connection, bool), ConnectError>>;
+type Waiting = oneshot::Sender<Result<(Connection, bool), Error>>;
 
 #[derive(Default)]
 struct State {
@@ -62,7 +63,7 @@ impl Pool {
         self: &Arc<Self>,
         shared: &Arc<Shared>,
         fresh: Fresh,
-    ) -> Result<(Connection, bool), ConnectError> {
+    ) -> Result<(Connection, bool), Error> {
         let waiting = {
             let mut state = lock(&self.state);
             if fresh == Fresh::Yes {
@@ -85,7 +86,7 @@ impl Pool {
             }
             waiting
         };
-        waiting.await.unwrap_or_else(|_| Err(shutting_down()))
+        waiting.await.unwrap_or_else(|_| Err(shutting_down(&self.peer)))
     }
 
     /// Takes a connection back that can carry another request.
@@ -93,7 +94,7 @@ impl Pool {
         lock(&self.state).hand_over(connection, true);
     }
 
-    async fn connect(&self, shared: &Arc<Shared>) -> Result<Connection, ConnectError> {
+    async fn connect(&self, shared: &Arc<Shared>) -> Result<Connection, Error> {
         let stream = shared.open(&self.peer).await?;
         let cause = Cause::default();
         let (sender, connection) = http1::Builder::new()
@@ -101,7 +102,7 @@ impl Pool {
             .max_headers(MAX_FIELDS)
             .handshake(TokioIo::new(Noted::new(stream, cause.clone())))
             .await
-            .map_err(|error| ConnectError::Unavailable(error.to_string()))?;
+            .map_err(|error| unavailable(&self.peer, error.to_string()))?;
         let target = self.peer.target.clone();
         shared.drain.spawn(async move {
             if let Err(error) = connection.with_upgrades().await {
@@ -187,6 +188,10 @@ impl Drop for Opening {
     }
 }
 
-pub(super) fn shutting_down() -> ConnectError {
-    ConnectError::Unavailable("kube-tunnel is shutting down".into())
+pub(super) fn shutting_down(peer: &Peer) -> Error {
+    unavailable(peer, "kube-tunnel is shutting down".into())
+}
+
+pub(super) fn unavailable(peer: &Peer, reason: String) -> Error {
+    Error::Connect(peer.target.clone(), ConnectError::Unavailable(reason))
 }
