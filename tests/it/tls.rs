@@ -307,3 +307,24 @@ async fn with_authorities_set_only_their_certificates_for_the_services_name_coun
     assert_eq!(reply.status, StatusCode::BAD_GATEWAY);
     assert!(reply.text().contains("certificate"), "{}", reply.text());
 }
+
+#[tokio::test]
+async fn many_first_requests_find_out_together_what_a_port_speaks() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let (address, _) = tls_backend(&[WEB], &["h2"]).await;
+    let builder = cluster.workload("shop", "web").port("https", 443, 8443);
+    let _workload = builder.backend(move |_| address).create().unwrap();
+    let app = TestApp::with(
+        &cluster.kubeconfig(),
+        &[(&kube_tunnel::config::setting::MAX_RETRIES, "0")],
+    )
+    .await;
+    let mut clients = tokio::task::JoinSet::new();
+    for _ in 0..50 {
+        let proxy = app.address;
+        clients.spawn(async move { crate::client::fetch(proxy, "web.shop", "/").await.text() });
+    }
+    for text in clients.join_all().await {
+        assert_eq!(text, format!("HTTP/2.0 to {WEB}"));
+    }
+}

@@ -19,7 +19,7 @@ use crate::proxy::reply;
 use crate::proxy::retry::{Attempt, Attempts, Verdict};
 use crate::proxy::route::{Hint, Route, route};
 use crate::proxy::upstream::{Answer, Failure, Fresh, Peer, Wire};
-use crate::registry::{self, InFlight, PodRef};
+use crate::registry::{self, Endpoint, InFlight, PodRef};
 use crate::traffic::AccessRecord;
 use crate::transport::{ConnectError, Target};
 
@@ -55,7 +55,7 @@ pub(super) async fn exchange(
     }
     let mut attempts = Attempts::new(context.retry);
     let mut failed: Vec<PodRef> = Vec::new();
-    let (mut pauses, mut fresh, mut switched) = (0, Fresh::No, None);
+    let (mut pauses, mut fresh, mut switched) = (0, Fresh::No, None::<Switched>);
     loop {
         let Route { mut candidates, hint } = locate(context, destination).await?;
         if candidates
@@ -67,7 +67,7 @@ pub(super) async fn exchange(
         candidates.retain(|(endpoint, _)| !failed.contains(&endpoint.pod));
         let last = candidates.len() == 1;
         let (endpoint, port) = match &switched {
-            Some((endpoint, port, _)) => (endpoint, port),
+            Some(Switched { endpoint, port, .. }) => (endpoint, port),
             None => registry::pick(&candidates, |(endpoint, _)| endpoint, &context.cursor)
                 .map(|(endpoint, port)| (endpoint, port))
                 .expect("a route has candidates, and not all of them have failed"),
@@ -78,7 +78,7 @@ pub(super) async fn exchange(
             port,
         };
         let choice = choose(upgrade.is_some(), grpc, hint, context.upstream.spoken(&target));
-        let wire = switched.as_ref().map_or(choice.wire, |_| choice.wire.other());
+        let wire = switched.as_ref().map_or(choice.wire, |switched| switched.wire);
 
         let in_flight = endpoint.load.begin();
         record.attempts += 1;
@@ -123,7 +123,7 @@ pub(super) async fn exchange(
         let verdict = attempts.judge(&attempt);
         debug!(%target, ?attempt, ?verdict, "attempt failed");
         // That the other version failed too says less than why the first one did.
-        let error = switched.take().map_or(error, |(.., first)| first);
+        let error = switched.take().map_or(error, |switched| switched.first);
         if matches!(error, Error::Connect(_, ConnectError::PodGone(_))) {
             context.registry.recheck(&destination.service);
         }
@@ -134,7 +134,12 @@ pub(super) async fn exchange(
                 continue;
             }
             Verdict::Switch => {
-                switched = Some((endpoint, port, error));
+                switched = Some(Switched {
+                    endpoint,
+                    port,
+                    wire: wire.other(),
+                    first: error,
+                });
                 continue;
             }
             Verdict::GiveUp => return Err(error),
@@ -149,6 +154,16 @@ pub(super) async fn exchange(
             pauses += 1;
         }
     }
+}
+
+/// A request that goes to the same endpoint once more.
+struct Switched {
+    endpoint: Arc<Endpoint>,
+    port: u16,
+    /// The version of HTTP that was not tried. Kept, since another request may find out meanwhile what the port speaks.
+    wire: Wire,
+    /// Why the one that was tried failed.
+    first: Error,
 }
 
 /// The protocol for one attempt.
