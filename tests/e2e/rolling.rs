@@ -29,7 +29,7 @@ const SHORT: Duration = Duration::from_secs(20);
 const SHOWN: usize = 4;
 
 /// How long this run's loads last.
-pub(crate) fn lasting() -> Duration {
+fn lasting() -> Duration {
     std::env::var(SECONDS).map_or(SHORT, |text| Duration::from_secs(text.parse().unwrap()))
 }
 
