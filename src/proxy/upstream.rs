@@ -42,6 +42,10 @@ const MAX_HEADER_LIST: u32 = 256 << 10;
 /// How long a pod may take for a TLS handshake.
 const TLS_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// The versions of HTTP, as TLS names them.
+const HTTP1: &[u8] = b"http/1.1";
+const HTTP2: &[u8] = b"h2";
+
 /// The protocol spoken to a pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Wire {
@@ -94,6 +98,8 @@ pub(crate) struct Peer {
     pub(crate) wire: Wire,
     /// The name that TLS asks for, the Service's; nothing in clear text.
     pub(crate) server_name: Option<Arc<str>>,
+    /// Whether TLS is to offer no other version of HTTP: the request could not be sent in it.
+    pub(crate) alone: bool,
 }
 
 /// A pod's response.
@@ -158,6 +164,8 @@ struct Shared {
 /// The client's side of TLS towards pods.
 #[derive(Clone)]
 pub struct PodTls {
+    /// Offers both versions of HTTP: the pod chooses.
+    either: TlsConnector,
     /// Offers HTTP/1.1 alone.
     http1: TlsConnector,
     /// Offers HTTP/2 alone.
@@ -179,8 +187,9 @@ impl PodTls {
     /// A [`tls::Error`] for the file of authorities.
     pub fn new(trust: &Trust) -> Result<Self, tls::Error> {
         Ok(Self {
-            http1: tls::client_config(trust, b"http/1.1")?.into(),
-            http2: tls::client_config(trust, b"h2")?.into(),
+            either: tls::client_config(trust, &[HTTP1, HTTP2])?.into(),
+            http1: tls::client_config(trust, &[HTTP1])?.into(),
+            http2: tls::client_config(trust, &[HTTP2])?.into(),
             warn: Arc::new(AtomicBool::new(*trust == Trust::Skip)),
         })
     }
@@ -188,7 +197,10 @@ impl PodTls {
 
 impl Shared {
     /// Opens a stream to a peer, and tells the log how long that took.
-    async fn open(&self, peer: &Peer) -> Result<BoxStream, ConnectError> {
+    ///
+    /// # Errors
+    /// [`Error::Connect`], or [`Error::Protocol`] when the pod's side of TLS wants another version of HTTP.
+    async fn open(&self, peer: &Peer) -> Result<BoxStream, Error> {
         let begun = Instant::now();
         let opened = self.open_unseen(peer).await;
         let (target, protocol, ms) = (&peer.target, peer.wire.as_str(), milliseconds(begun.elapsed()));
@@ -200,26 +212,46 @@ impl Shared {
     }
 
     /// Goes through TLS where that is spoken.
-    async fn open_unseen(&self, peer: &Peer) -> Result<BoxStream, ConnectError> {
-        let stream = self.connect.connect(&peer.target).await?;
-        let tls = match peer.wire {
+    async fn open_unseen(&self, peer: &Peer) -> Result<BoxStream, Error> {
+        let unopened = |error| Error::Connect(peer.target.clone(), error);
+        let stream = self.connect.connect(&peer.target).await.map_err(unopened)?;
+        let (tls, wanted) = match peer.wire {
             Wire::Http1 | Wire::H2c => return Ok(stream),
-            Wire::Http1Tls => &self.tls.http1,
-            Wire::H2 => &self.tls.http2,
+            Wire::Http1Tls if peer.alone => (&self.tls.http1, HTTP1),
+            Wire::Http1Tls => (&self.tls.either, HTTP1),
+            Wire::H2 => (&self.tls.http2, HTTP2),
         };
         if self.tls.warn.swap(false, Ordering::Relaxed) {
             warn!(endpoint = %peer.target, "certificates of pods are not checked; --backend-tls names authorities that count");
         }
-        let failed = |reason: String| ConnectError::Unavailable(format!("no TLS with the pod ({reason})"));
+        let failed = |reason: String| {
+            unopened(ConnectError::Unavailable(format!(
+                "no TLS with the pod ({reason})"
+            )))
+        };
+        let other =
+            |reason: &str| Error::Protocol(peer.target.clone(), peer.wire.as_str(), reason.to_owned());
         let name = ServerName::try_from(peer.server_name.as_deref().unwrap_or_default().to_owned())
             .map_err(|error| failed(error.to_string()))?;
         let handshake = tokio::time::timeout(TLS_TIMEOUT, tls.connect(name, stream));
         match handshake.await {
-            Ok(Ok(stream)) => Ok(Box::new(stream)),
+            Ok(Ok(stream)) => match stream.get_ref().1.alpn_protocol() {
+                Some(agreed) if agreed != wanted => Err(other("TLS chose the other version")),
+                // A server without ALPN leaves it to us.
+                Some(_) | None => Ok(Box::new(stream)),
+            },
+            Ok(Err(error)) if refuses_protocol(&error) => Err(other("TLS refused it")),
             Ok(Err(error)) => Err(failed(error.to_string())),
-            Err(_) => Err(ConnectError::Timeout(peer.target.clone(), TLS_TIMEOUT)),
+            Err(_) => Err(unopened(ConnectError::Timeout(peer.target.clone(), TLS_TIMEOUT))),
         }
     }
+}
+
+/// Whether the other side of a handshake knows none of the protocols that were offered (RFC 7301 section 3.2).
+fn refuses_protocol(error: &std::io::Error) -> bool {
+    let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
+    let refusal = rustls::Error::AlertReceived(rustls::AlertDescription::NoApplicationProtocol);
+    cause == Some(&refusal)
 }
 
 /// Sends requests to pods. Clones share the pools.
@@ -289,14 +321,11 @@ impl Upstream {
         request: Request<RequestBody>,
     ) -> Result<Answer, Failure> {
         let begun = Instant::now();
-        let unopened = |error: ConnectError| {
-            let error = Error::Connect(peer.target.clone(), error);
-            Failure {
-                error,
-                untouched: true,
-                reused: false,
-                waited: begun.elapsed(),
-            }
+        let unopened = |error| Failure {
+            error,
+            untouched: true,
+            reused: false,
+            waited: begun.elapsed(),
         };
         match self.pool(peer) {
             Pool::Http1(pool) => {

@@ -44,11 +44,11 @@ impl fmt::Display for Trust {
     }
 }
 
-/// Makes the client's side of TLS 1.2 and 1.3 that offers one protocol.
+/// Makes the client's side of TLS 1.2 and 1.3 that offers these protocols, in order of preference (ALPN, RFC 7301).
 ///
 /// # Errors
 /// [`Error::File`] or [`Error::Damaged`] for the file of authorities.
-pub fn client_config(trust: &Trust, alpn: &[u8]) -> Result<Arc<ClientConfig>, Error> {
+pub fn client_config(trust: &Trust, alpn: &[&[u8]]) -> Result<Arc<ClientConfig>, Error> {
     let provider = Arc::new(ring::default_provider());
     let builder =
         ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions()?;
@@ -74,7 +74,7 @@ pub fn client_config(trust: &Trust, alpn: &[u8]) -> Result<Arc<ClientConfig>, Er
             builder.with_root_certificates(roots).with_no_client_auth()
         }
     };
-    config.alpn_protocols = vec![alpn.to_vec()];
+    config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     Ok(Arc::new(config))
 }
 

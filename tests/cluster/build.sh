@@ -1,13 +1,13 @@
 # shellcheck shell=bash disable=SC2154 # lib.sh and up set the variables
 # Builds, once each, what the cluster runs: every result has a folder in the cache,
-# named after a hash of all that went into it. Needs Go and its module proxy only.
+# named after a hash of all that went into it. Needs Go, Python and their package servers only.
 
 kubernetes_version=$(awk '$1 == "k8s.io/kubernetes" { print $2; exit }' "$here/kubernetes/go.mod")
 
-# cached NAME: where the result of the module tests/cluster/NAME belongs.
+# cached NAME: where the result of the folder tests/cluster/NAME belongs.
 cached() {
   local key
-  key=$({ go env GOVERSION GOARCH && cd "$here/$1" && find . \( -name '*.go' -o -name 'go.*' \) -print0 | LC_ALL=C sort -z | xargs -0 cat -- "$here/build.sh"; } | sha256sum)
+  key=$({ go env GOVERSION GOARCH && cd "$here/$1" && find . \( -name '*.go' -o -name 'go.*' -o -name requirements.txt \) -print0 | LC_ALL=C sort -z | xargs -0 cat -- "$here/build.sh"; } | sha256sum)
   echo "$cache/$1-${key:0:12}"
 }
 
@@ -58,4 +58,11 @@ build_clients() {
   go_build -ldflags '-s -w' -o "$1/grpcurl" github.com/fullstorydev/grpcurl/cmd/grpcurl
   go_build -ldflags '-s -w' -o "$1/grpc-interop-client" google.golang.org/grpc/interop/client
   go_build -ldflags '-s -w' -o "$1/h2spec" github.com/summerwind/h2spec/cmd/h2spec
+  go_build -ldflags '-s -w' -o "$1/gohttp" ./gohttp
+}
+
+# A virtual environment that works wherever it is moved, as long as its python is called.
+build_python() {
+  python3 -m venv "$1"
+  "$1/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt
 }

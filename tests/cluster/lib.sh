@@ -81,3 +81,21 @@ check_state_folder() {
   [[ ! -e $state || -e $state/.kube-tunnel-cluster || -z $(ls -A "$state") ]] ||
     die "$state holds something else than a test cluster"
 }
+
+# install_missing COMMAND:PACKAGE...: Debian's packages of the commands that are not there.
+install_missing() {
+  local pair missing=()
+  for pair; do
+    command -v "${pair%:*}" >/dev/null || missing+=("${pair##*:}")
+  done
+  ((${#missing[@]} == 0)) || apt_install "${missing[@]}"
+}
+
+apt_install() {
+  say "installing $* ..."
+  apt_get install "$@" >&2 || { apt_get update && apt_get install "$@"; } >&2 || die "install $* by hand"
+}
+
+apt_get() {
+  DEBIAN_FRONTEND=noninteractive apt-get "$1" -y -q --no-install-recommends "${@:2}" </dev/null
+}

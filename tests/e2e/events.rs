@@ -1,7 +1,5 @@
 //! Server-sent events: each arrives when it is written.
 
-use std::time::SystemTime;
-
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use serde_json::Value;
@@ -9,7 +7,7 @@ use tokio::time::Duration;
 
 use crate::client::{Client, PROTOCOLS, get};
 use crate::command::within;
-use crate::note::note;
+use crate::delay::{Delays, now};
 use crate::program::Proxy;
 use crate::scene::Scene;
 
@@ -82,24 +80,17 @@ async fn an_event_takes_less_than_fifty_milliseconds() {
             "/sse?count=21&interval_ms=100",
         )
         .await;
-        let mut late = Vec::new();
+        let mut delays = Delays::default();
+        let mut count = 0;
         while let Some(event) = events.next().await {
-            let now = SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as f64;
-            late.push((now - event["sent_unix_ns"].as_f64().unwrap()) / 1e6);
+            // The first one waits for the connection.
+            if count > 0 {
+                delays.add(event["sent_unix_ns"].as_f64().unwrap(), now());
+            }
+            count += 1;
         }
-        assert_eq!(late.len(), 21);
-        // The first one waits for the connection.
-        late.remove(0);
-        late.sort_by(f64::total_cmp);
-        // The clock of another machine differs: there only what comes on top of the fastest event counts.
-        let clock = match std::env::var_os("KUBE_TUNNEL_CLUSTER_STATE") {
-            Some(_) => 0.0,
-            None => late[0],
-        };
-        let (median, worst) = (late[late.len() / 2] - clock, late[late.len() - 1] - clock);
-        note(&format!(
-            "events over {protocol:?}: median {median:.2} ms, worst {worst:.2} ms"
-        ));
-        assert!(median < LATE && worst < LATE, "{protocol:?}: {late:?}");
+        assert_eq!(count, 21);
+        let (median, worst) = delays.report(&format!("events over {protocol:?}"));
+        assert!(median < LATE && worst < LATE, "{protocol:?}");
     }
 }

@@ -1,13 +1,9 @@
 //! gRPC, as its official clients speak it.
 
-use std::io::Write;
-
 use crate::command::{Done, run_client};
+use crate::hosts::run_with_hosts;
 use crate::program::Proxy;
 use crate::scene::Scene;
-
-/// Runs its arguments where the file named first takes the place of the system's hosts file.
-const WITH_HOSTS: &str = "mount --bind \"$1\" /etc/hosts && shift && exec \"$@\"";
 
 /// The cases of grpc/doc/interop-test-descriptions.md that need neither TLS nor credentials.
 const INTEROP: [&str; 14] = [
@@ -62,31 +58,40 @@ async fn grpcurl_lists_describes_and_calls() {
 }
 
 #[tokio::test]
+async fn grpcurl_verifies_the_exported_certificate() {
+    let scene = Scene::together().await;
+    let proxy = Proxy::start().await;
+    let host = scene.shop.host("grpc");
+    let certificate = proxy.certificate();
+    let trust = [
+        "-cacert",
+        certificate.to_str().unwrap(),
+        "-max-time",
+        "60",
+        "-authority",
+        &host,
+    ];
+    let words = [&proxy.endpoint(), "grpc.health.v1.Health/Check"];
+    let done = run_client("grpcurl", &[&trust[..], &words].concat()).await;
+    assert!(done.success && done.stdout.contains("SERVING"), "{done:?}");
+    let done = run_client("grpcurl", &[&trust[2..], &words].concat()).await;
+    assert!(!done.success, "trusted without the certificate: {done:?}");
+}
+
+#[tokio::test]
 async fn every_case_of_the_official_interop_client_passes() {
     let scene = Scene::together().await;
     let proxy = Proxy::start().await;
     let host = scene.shop.host("grpc");
-    // The client names the host that it connects to, and knows no other way to say one.
-    let mut hosts = tempfile::NamedTempFile::new().unwrap();
-    writeln!(hosts, "{} {host}", proxy.address.ip()).unwrap();
-    let hosts_path = hosts.path().to_str().unwrap();
     for case in INTEROP {
-        let (host, port) = (
+        // The client names the host that it connects to, and knows no other way to say one.
+        let (server, port) = (
             format!("--server_host={host}"),
             format!("--server_port={}", proxy.address.port()),
         );
         let case_flag = format!("--test_case={case}");
-        let client = ["grpc-interop-client", "--use_tls=false", &host, &port, &case_flag];
-        let outside = [
-            "--map-root-user",
-            "--mount",
-            "sh",
-            "-c",
-            WITH_HOSTS,
-            "sh",
-            hosts_path,
-        ];
-        let done = run_client("unshare", &[&outside[..], &client[..]].concat()).await;
+        let arguments = ["--use_tls=false", &server, &port, &case_flag];
+        let done = run_with_hosts(&proxy, &[&host], "grpc-interop-client", &arguments).await;
         assert!(done.success, "{case}: {}{}", done.stdout, done.stderr);
     }
 }

@@ -1,5 +1,7 @@
 //! Components of the cluster that end and come back; needs a cluster of `tests/cluster/up`.
 
+mod under_load;
+
 use std::process::Command;
 
 use tokio::time::{Duration, Instant};
@@ -41,6 +43,15 @@ impl Drop for Ended {
         // Does nothing to one that runs; a failure shows in every test that comes later.
         drop(Command::new(SCRIPT).args(["start", self.0]).status());
     }
+}
+
+async fn api_server_is_ready() -> bool {
+    run("kubectl", &["get", "--raw=/readyz"]).await.success
+}
+
+async fn kubelet_is_healthy(node: &str) -> bool {
+    let health = format!("--raw=/api/v1/nodes/{node}/proxy/healthz");
+    run("kubectl", &["get", &health]).await.success
 }
 
 #[tokio::test]
@@ -89,10 +100,7 @@ async fn requests_work_again_after_a_restart_of_the_api_server() {
     );
     assert!(cold.text().contains("kubectl cluster-info"), "{}", cold.text());
     ended.start().await;
-    eventually("the API server", async || {
-        run("kubectl", &["get", "--raw=/readyz"]).await.success
-    })
-    .await;
+    eventually("the API server", api_server_is_ready).await;
 
     let back = Instant::now();
     for client in &mut clients {
@@ -115,10 +123,7 @@ async fn changes_during_a_restart_of_the_api_server_are_seen_after_it() {
 
     let ended = Ended::kill("kube-apiserver").await;
     ended.start().await;
-    eventually("the API server", async || {
-        run("kubectl", &["get", "--raw=/readyz"]).await.success
-    })
-    .await;
+    eventually("the API server", api_server_is_ready).await;
     own.kubectl(&["rollout", "restart", "deployment/web"])
         .await
         .succeeded();
@@ -154,11 +159,7 @@ async fn requests_work_again_after_a_restart_of_the_kubelet() {
         reply.text().trim()
     ));
     ended.start().await;
-    let health = format!("--raw=/api/v1/nodes/{node}/proxy/healthz");
-    eventually("the kubelet", async || {
-        run("kubectl", &["get", &health]).await.success
-    })
-    .await;
+    eventually("the kubelet", async || kubelet_is_healthy(&node).await).await;
     scene.shop.ready_endpoints("web", 2).await;
 
     for _ in 0..4 {

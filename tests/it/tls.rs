@@ -202,7 +202,7 @@ async fn a_request_without_a_port_means_443() {
 }
 
 /// A backend that speaks TLS with a certificate of its own making, and tells what was spoken to it.
-async fn tls_backend(names: &[&str]) -> (std::net::SocketAddr, String) {
+async fn tls_backend(names: &[&str], alpn: &[&str]) -> (std::net::SocketAddr, String) {
     let names: Vec<_> = names.iter().map(|name| (*name).to_owned()).collect();
     let made = rcgen::generate_simple_self_signed(names).unwrap();
     let key = rustls::pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
@@ -213,7 +213,7 @@ async fn tls_backend(names: &[&str]) -> (std::net::SocketAddr, String) {
         .with_no_client_auth()
         .with_single_cert(vec![made.cert.der().clone()], key)
         .unwrap();
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
     let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -245,7 +245,7 @@ async fn tls_backend(names: &[&str]) -> (std::net::SocketAddr, String) {
 #[tokio::test]
 async fn a_service_port_that_speaks_tls_is_spoken_to_in_tls_with_the_services_name() {
     let cluster = FakeCluster::start().await.unwrap();
-    let (address, _) = tls_backend(&["whatever.example"]).await;
+    let (address, _) = tls_backend(&["whatever.example"], &["h2", "http/1.1"]).await;
     let builder = cluster
         .workload("shop", "web")
         .port("https", 443, 8443)
@@ -256,9 +256,40 @@ async fn a_service_port_that_speaks_tls_is_spoken_to_in_tls_with_the_services_na
         .create()
         .unwrap();
     let app = TestApp::start(&cluster).await;
-    for (host, spoken) in [("web.shop:443", "HTTP/1.1"), ("web.shop:8443", "HTTP/2.0")] {
+    for host in ["web.shop:443", "web.shop:8443"] {
         let reply = crate::client::fetch(app.address, host, "/").await;
-        assert_eq!(reply.text(), format!("{spoken} to {WEB}"));
+        assert_eq!(reply.text(), format!("HTTP/2.0 to {WEB}"), "the pod prefers it");
+    }
+}
+
+#[tokio::test]
+async fn a_pod_chooses_the_version_of_http_over_tls_before_anything_is_sent() {
+    for (alpn, hint, spoken) in [
+        (&["h2"][..], "https", "HTTP/2.0"),
+        (&["http/1.1"], "https", "HTTP/1.1"),
+        (&["http/1.1"], "h2", "HTTP/1.1"),
+        (&[], "https", "HTTP/1.1"),
+    ] {
+        let cluster = FakeCluster::start().await.unwrap();
+        let (address, _) = tls_backend(&[WEB], alpn).await;
+        let builder = cluster.workload("shop", "web").port(hint, 443, 8443);
+        let _workload = builder.backend(move |_| address).create().unwrap();
+        // What is sent to the wrong version cannot be sent again: it is a POST, and retries are off.
+        let app = TestApp::with(
+            &cluster.kubeconfig(),
+            &[(&kube_tunnel::config::setting::MAX_RETRIES, "0")],
+        )
+        .await;
+        let request = Request::post("/")
+            .header("host", "web.shop")
+            .body(Full::from("body"))
+            .unwrap();
+        let answer = crate::client::Client::http1(app.address)
+            .await
+            .send(request)
+            .await;
+        let reply = crate::client::Reply::read(answer).await;
+        assert_eq!(reply.text(), format!("{spoken} to {WEB}"), "{alpn:?}, {hint}");
     }
 }
 
@@ -266,8 +297,8 @@ async fn a_service_port_that_speaks_tls_is_spoken_to_in_tls_with_the_services_na
 async fn with_authorities_set_only_their_certificates_for_the_services_name_count() {
     use kube_tunnel::config::setting;
     let cluster = FakeCluster::start().await.unwrap();
-    let (good, pem) = tls_backend(&[WEB]).await;
-    let (bad, _) = tls_backend(&[WEB]).await;
+    let (good, pem) = tls_backend(&[WEB], &["http/1.1"]).await;
+    let (bad, _) = tls_backend(&[WEB], &["http/1.1"]).await;
     let _good = cluster
         .workload("shop", "web")
         .port("https", 443, 8443)
@@ -294,4 +325,25 @@ async fn with_authorities_set_only_their_certificates_for_the_services_name_coun
     let reply = crate::client::fetch(app.address, "bad.shop", "/").await;
     assert_eq!(reply.status, StatusCode::BAD_GATEWAY);
     assert!(reply.text().contains("certificate"), "{}", reply.text());
+}
+
+#[tokio::test]
+async fn many_first_requests_find_out_together_what_a_port_speaks() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let (address, _) = tls_backend(&[WEB], &["h2"]).await;
+    let builder = cluster.workload("shop", "web").port("https", 443, 8443);
+    let _workload = builder.backend(move |_| address).create().unwrap();
+    let app = TestApp::with(
+        &cluster.kubeconfig(),
+        &[(&kube_tunnel::config::setting::MAX_RETRIES, "0")],
+    )
+    .await;
+    let mut clients = tokio::task::JoinSet::new();
+    for _ in 0..50 {
+        let proxy = app.address;
+        clients.spawn(async move { crate::client::fetch(proxy, "web.shop", "/").await.text() });
+    }
+    for text in clients.join_all().await {
+        assert_eq!(text, format!("HTTP/2.0 to {WEB}"));
+    }
 }

@@ -22,7 +22,7 @@ use crate::proxy::reply;
 use crate::proxy::retry::{Attempt, Attempts, Verdict};
 use crate::proxy::route::{Hint, Route, route};
 use crate::proxy::upstream::{Answer, Failure, Fresh, Peer, Wire};
-use crate::registry::{InFlight, PodRef, Session};
+use crate::registry::{Endpoint, InFlight, PodRef, Session};
 use crate::traffic::{AccessRecord, milliseconds};
 use crate::transport::{ConnectError, Target};
 
@@ -68,7 +68,7 @@ pub(super) async fn exchange(
     }
     let mut attempts = Attempts::new(context.retry);
     let mut failed: Vec<PodRef> = Vec::new();
-    let (mut pauses, mut fresh, mut switched) = (0, Fresh::No, None);
+    let (mut pauses, mut fresh, mut switched) = (0, Fresh::No, None::<Switched>);
     loop {
         let Route {
             mut candidates,
@@ -89,7 +89,7 @@ pub(super) async fn exchange(
         candidates.retain(|(endpoint, _)| !failed.contains(&endpoint.pod));
         let last = candidates.len() == 1;
         let (endpoint, port) = match &switched {
-            Some((endpoint, port, _)) => (endpoint, port),
+            Some(Switched { endpoint, port, .. }) => (endpoint, port),
             None => context
                 .balancer
                 .pick(&candidates, |(endpoint, _)| endpoint, session.as_ref())
@@ -102,7 +102,7 @@ pub(super) async fn exchange(
             port,
         };
         let choice = choose(upgrade.is_some(), grpc, hint, context.upstream.spoken(&target));
-        let wire = switched.as_ref().map_or(choice.wire, |_| choice.wire.other());
+        let wire = switched.as_ref().map_or(choice.wire, |switched| switched.wire);
 
         record.attempts += 1;
         debug!(
@@ -120,6 +120,7 @@ pub(super) async fn exchange(
             server_name: hint
                 .tls
                 .then(|| destination.service.dns_name(&context.naming.zone).into()),
+            alone: hint.tls && upgrade.is_some(),
         };
         let Failure {
             error,
@@ -167,7 +168,7 @@ pub(super) async fn exchange(
             ?verdict, "attempt failed"
         );
         // That the other version failed too says less than why the first one did.
-        let error = switched.take().map_or(error, |(.., first)| first);
+        let error = switched.take().map_or(error, |switched| switched.first);
         if matches!(error, Error::Connect(_, ConnectError::PodGone(_))) {
             context.registry.recheck(&destination.service);
         }
@@ -178,7 +179,12 @@ pub(super) async fn exchange(
                 continue;
             }
             Verdict::Switch => {
-                switched = Some((endpoint, port, error));
+                switched = Some(Switched {
+                    endpoint,
+                    port,
+                    wire: wire.other(),
+                    first: error,
+                });
                 continue;
             }
             Verdict::GiveUp => return Err(error),
@@ -200,6 +206,16 @@ pub(super) async fn exchange(
             pauses += 1;
         }
     }
+}
+
+/// A request that goes to the same endpoint once more.
+struct Switched {
+    endpoint: Arc<Endpoint>,
+    port: u16,
+    /// The version of HTTP that was not tried. Kept, since another request may find out meanwhile what the port speaks.
+    wire: Wire,
+    /// Why the one that was tried failed.
+    first: Error,
 }
 
 /// The protocol for one attempt.

@@ -14,6 +14,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::Instant;
 use tracing::{debug, warn};
 
+use crate::proxy::error::Error;
 use crate::proxy::replay::RequestBody;
 use crate::proxy::upstream::cause::{Cause, Noted};
 use crate::proxy::upstream::{Fresh, MAX_FIELDS, Peer, Shared, lock};
@@ -45,7 +46,7 @@ pub(super) struct Pool {
     open: Arc<Load>,
 }
 
-type Waiting = oneshot::Sender<Result<(Connection, bool), ConnectError>>;
+type Waiting = oneshot::Sender<Result<(Connection, bool), Error>>;
 
 #[derive(Default)]
 struct State {
@@ -73,7 +74,7 @@ impl Pool {
         self: &Arc<Self>,
         shared: &Arc<Shared>,
         fresh: Fresh,
-    ) -> Result<(Connection, bool), ConnectError> {
+    ) -> Result<(Connection, bool), Error> {
         let waiting = {
             let mut state = lock(&self.state);
             if fresh == Fresh::Yes {
@@ -97,7 +98,7 @@ impl Pool {
             }
             waiting
         };
-        waiting.await.unwrap_or_else(|_| Err(shutting_down()))
+        waiting.await.unwrap_or_else(|_| Err(shutting_down(&self.peer)))
     }
 
     /// Takes a connection back that can carry another request.
@@ -112,7 +113,7 @@ impl Pool {
         }
         if shared.full.due().is_some() {
             warn!(
-                target = %self.peer.target,
+                endpoint = %self.peer.target,
                 limit = shared.connections_per_pod,
                 "every connection to a pod is in use, further requests wait; --max-connections-per-pod allows more"
             );
@@ -121,11 +122,7 @@ impl Pool {
         place.expect("the semaphore is never closed")
     }
 
-    async fn connect(
-        &self,
-        shared: &Arc<Shared>,
-        place: OwnedSemaphorePermit,
-    ) -> Result<Connection, ConnectError> {
+    async fn connect(&self, shared: &Arc<Shared>, place: OwnedSemaphorePermit) -> Result<Connection, Error> {
         let stream = shared.open(&self.peer).await?;
         let cause = Cause::default();
         let (sender, connection) = http1::Builder::new()
@@ -133,7 +130,7 @@ impl Pool {
             .max_headers(MAX_FIELDS)
             .handshake(TokioIo::new(Noted::new(stream, cause.clone())))
             .await
-            .map_err(|error| ConnectError::Unavailable(error.to_string()))?;
+            .map_err(|error| unavailable(&self.peer, error.to_string()))?;
         let target = self.peer.target.clone();
         let open = self.open.begin();
         shared.drain.spawn(async move {
@@ -250,6 +247,10 @@ impl Drop for Opening {
     }
 }
 
-pub(super) fn shutting_down() -> ConnectError {
-    ConnectError::Unavailable("kube-tunnel is shutting down".into())
+pub(super) fn shutting_down(peer: &Peer) -> Error {
+    unavailable(peer, "kube-tunnel is shutting down".into())
+}
+
+pub(super) fn unavailable(peer: &Peer, reason: String) -> Error {
+    Error::Connect(peer.target.clone(), ConnectError::Unavailable(reason))
 }

@@ -12,12 +12,12 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tracing::debug;
 
+use crate::proxy::error::Error;
 use crate::proxy::replay::RequestBody;
 use crate::proxy::upstream::cause::{Cause, Noted};
-use crate::proxy::upstream::http1::shutting_down;
+use crate::proxy::upstream::http1::{shutting_down, unavailable};
 use crate::proxy::upstream::{Fresh, MAX_HEADER_LIST, Peer, Shared, lock};
 use crate::registry::Load;
-use crate::transport::ConnectError;
 
 /// Large enough for a bulk stream at the delays of a remote cluster: 2 MiB in flight are 20 MB/s at 100 ms.
 const STREAM_WINDOW: u32 = 2 << 20;
@@ -78,7 +78,7 @@ pub(super) struct Pool {
 struct State {
     connections: Vec<Connection>,
     /// Requests that wait for the connection being opened.
-    waiting: Vec<oneshot::Sender<Result<Stream, ConnectError>>>,
+    waiting: Vec<oneshot::Sender<Result<Stream, Error>>>,
     /// Whether one is being opened.
     opening: bool,
     /// When a connection was last asked for.
@@ -105,7 +105,7 @@ impl Pool {
         self: &Arc<Self>,
         shared: &Arc<Shared>,
         fresh: Fresh,
-    ) -> Result<(Stream, bool), ConnectError> {
+    ) -> Result<(Stream, bool), Error> {
         let waiting = {
             let mut state = lock(&self.state);
             state.used = Instant::now();
@@ -130,11 +130,11 @@ impl Pool {
             }
             waiting
         };
-        let stream = waiting.await.unwrap_or_else(|_| Err(shutting_down()))?;
+        let stream = waiting.await.unwrap_or_else(|_| Err(shutting_down(&self.peer)))?;
         Ok((stream, false))
     }
 
-    async fn connect(&self, shared: &Arc<Shared>) -> Result<Connection, ConnectError> {
+    async fn connect(&self, shared: &Arc<Shared>) -> Result<Connection, Error> {
         let stream = shared.open(&self.peer).await?;
         let cause = Cause::default();
         let (sender, mut connection) = http2::Builder::new(shared.drain.clone())
@@ -144,7 +144,7 @@ impl Pool {
             .max_header_list_size(MAX_HEADER_LIST)
             .handshake(TokioIo::new(Noted::new(stream, cause.clone())))
             .await
-            .map_err(|error| ConnectError::Unavailable(error.to_string()))?;
+            .map_err(|error| unavailable(&self.peer, error.to_string()))?;
         let limit = Arc::new(AtomicUsize::new(connection.current_max_send_streams()));
         let (target, known) = (self.peer.target.clone(), limit.clone());
         let open = self.open.begin();

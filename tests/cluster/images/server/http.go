@@ -53,8 +53,9 @@ func serveHTTP(handler http.Handler, p *http.Protocols) func(net.Listener) {
 	return func(l net.Listener) { ends(server.Serve(l)) }
 }
 
-func serveTLS(handler http.Handler) func(net.Listener) {
-	server := newServer(handler, protocols(func(p *http.Protocols) { p.SetHTTP1(true); p.SetHTTP2(true) }))
+// serveTLS offers by ALPN what p holds.
+func serveTLS(handler http.Handler, p *http.Protocols) func(net.Listener) {
+	server := newServer(handler, p)
 	server.TLSConfig = &tls.Config{Certificates: []tls.Certificate{selfSigned()}}
 	return func(l net.Listener) { ends(server.ServeTLS(l, "", "")) }
 }

@@ -28,6 +28,8 @@ func main() {
 	http1 := protocols(func(p *http.Protocols) { p.SetHTTP1(true) })
 	h2c := protocols(func(p *http.Protocols) { p.SetUnencryptedHTTP2(true) })
 	both := protocols(func(p *http.Protocols) { p.SetHTTP1(true); p.SetUnencryptedHTTP2(true) })
+	h2 := protocols(func(p *http.Protocols) { p.SetHTTP2(true) })
+	bothTLS := protocols(func(p *http.Protocols) { p.SetHTTP1(true); p.SetHTTP2(true) })
 	handler := http.HandlerFunc(route)
 
 	servers := []struct {
@@ -37,7 +39,9 @@ func main() {
 		{"http", ":8080", "HTTP/1.1 and h2c", serveHTTP(handlerWithUpgrade(handler), both)},
 		{"h1", ":8081", "HTTP/1.1 only", serveHTTP(handler, http1)},
 		{"h2c", ":8082", "h2c only", serveHTTP(handler, h2c)},
-		{"https", ":8443", "TLS with h2 and HTTP/1.1", serveTLS(handler)},
+		{"https", ":8443", "TLS with h2 and HTTP/1.1", serveTLS(handler, bothTLS)},
+		{"https1", ":8444", "TLS with HTTP/1.1 only", serveTLS(handler, http1)},
+		{"https2", ":8445", "TLS with h2 only", serveTLS(handler, h2)},
 		{"tcp", ":9000", "TCP echo", serveTCP(echo)},
 		{"greet", ":9001", "TCP greeting, then echo", serveTCP(greet)},
 		{"hold", ":9002", "TCP that never reads", serveTCP(hold)},

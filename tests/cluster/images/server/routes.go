@@ -28,6 +28,10 @@ var podName = func() string {
 // route looks at the first part of the path only. Not http.ServeMux: that redirects an
 // unclean path, and an echo must see it as it came.
 func route(w http.ResponseWriter, r *http.Request) {
+	if r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc") {
+		grpcServer.ServeHTTP(w, r)
+		return
+	}
 	first, rest, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "/")
 	switch first {
 	case "health":
@@ -48,6 +52,16 @@ func route(w http.ResponseWriter, r *http.Request) {
 		cookies(w, r)
 	case "ws":
 		webSocket(w, r)
+	case "pipe":
+		pipe(w, r)
+	case "mark":
+		mark(w, r, rest)
+	case "ledger":
+		sendLedger(w, r, rest)
+	case "hold":
+		holdRequest(w, r, rest)
+	case "cancelled":
+		sendCancelled(w, rest)
 	case "exit":
 		os.Exit(1)
 	default:

@@ -1,0 +1,134 @@
+//! What a load loses, and for how long, when a process of the cluster is killed.
+
+use std::collections::BTreeSet;
+use std::process::Command;
+
+use tokio::time::{Duration, Instant};
+
+use crate::client::fetch;
+use crate::command::{eventually, run};
+use crate::load::{Load, Tally};
+use crate::outage::{Ended, api_server_is_ready, kubelet_is_healthy};
+use crate::program::Proxy;
+use crate::rolling::Rolling;
+use crate::scene::Scene;
+
+/// Longer than anything may take to work again by itself.
+const HEALED: Duration = Duration::from_secs(90);
+
+/// How long a load goes on in peace, before and after.
+const PEACE: Duration = Duration::from_secs(5);
+
+/// Returns when the last request failed, from `since` on.
+fn failed_for(tally: &Tally, since: Instant) -> Duration {
+    let last = tally.failures.iter().map(|failure| failure.ended).max();
+    last.map_or(Duration::ZERO, |last| last - since)
+}
+
+/// Kills the server of a pod, as a process of this machine.
+async fn kill_server(rolling: &Rolling, pod: &str) {
+    let path = "jsonpath={.metadata.uid}";
+    let uid = rolling
+        .namespace
+        .kubectl(&["get", "pod", pod, "-o", path])
+        .await
+        .succeeded();
+    let of_pod = |process: &std::path::Path| {
+        let read = |file| std::fs::read_to_string(process.join(file)).unwrap_or_default();
+        read("comm").trim() == "server" && read("cgroup").contains(uid.trim())
+    };
+    let processes = std::fs::read_dir("/proc")
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let found: Vec<_> = processes.filter(|process| of_pod(process)).collect();
+    assert_eq!(found.len(), 1, "the server of {pod}: {found:?}");
+    let number = found[0].file_name().unwrap().to_str().unwrap();
+    let killed = Command::new("kill").args(["-KILL", number]).status();
+    assert!(killed.unwrap().success());
+}
+
+/// Waits until that many pods of `rolling` have answered.
+async fn all_answer(rolling: &Rolling, proxy: &Proxy, count: usize) {
+    rolling.namespace.ready_endpoints("rolling", count).await;
+    let mut seen = BTreeSet::new();
+    eventually("every pod to answer", async || {
+        let reply = fetch(proxy.address, &rolling.host, "/health").await;
+        if reply.status == 200 {
+            seen.insert(reply.pod());
+        }
+        seen.len() == count
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_killed_server_costs_only_what_had_reached_it() {
+    let _scene = Scene::alone().await;
+    let rolling = Rolling::create("killed", 3).await;
+    let proxy = Proxy::start().await;
+    let load = Load::start(proxy.address, &rolling.host);
+    let pods = rolling.namespace.pods("rolling").await;
+    for pod in &pods {
+        kill_server(&rolling, pod).await;
+        let path = "jsonpath={.status.containerStatuses[0].restartCount}";
+        eventually("the container to start again", async || {
+            let restarts = rolling.namespace.kubectl(&["get", "pod", pod, "-o", path]).await;
+            restarts.succeeded().trim() == "1"
+        })
+        .await;
+        all_answer(&rolling, &proxy, pods.len()).await;
+    }
+    let tally = load.stop().await;
+    let scenario = format!("`kill -9` of {} servers, one by one", pods.len());
+    rolling.report(&proxy, &scenario, &tally).await;
+    let idempotent: Vec<_> = tally.idempotent().collect();
+    assert!(idempotent.is_empty(), "{idempotent:#?}");
+    for failure in tally.unsafe_ones() {
+        assert!(
+            failure.words.contains("was closed before it answered"),
+            "{failure:#?}"
+        );
+    }
+}
+
+/// Kills a component under load, starts it again, and waits until `healthy`. Returns how long requests failed from then on.
+async fn outage(name: &'static str, healthy: impl AsyncFnMut() -> bool) {
+    let rolling = Rolling::create(name, 3).await;
+    let proxy = Proxy::start().await;
+    all_answer(&rolling, &proxy, 3).await;
+    let load = Load::start(proxy.address, &rolling.host);
+    tokio::time::sleep(PEACE).await;
+
+    let killed = Instant::now();
+    Ended::kill(name).await.start().await;
+    eventually(name, healthy).await;
+    let back = killed.elapsed();
+    all_answer(&rolling, &proxy, 3).await;
+    tokio::time::sleep(PEACE).await;
+
+    let tally = load.stop().await;
+    let failed = failed_for(&tally, killed);
+    let scenario = format!(
+        "{name} killed, healthy again after {} ms; requests failed until {} ms after the kill",
+        back.as_millis(),
+        failed.as_millis()
+    );
+    rolling.report(&proxy, &scenario, &tally).await;
+    assert!(failed < HEALED, "requests failed for {failed:?}");
+    let gap = tally.longest_gap();
+    assert!(gap < HEALED, "no answer for {gap:?}");
+}
+
+#[tokio::test]
+async fn a_load_survives_the_kubelet() {
+    let _scene = Scene::alone().await;
+    let path = "jsonpath={.items[0].metadata.name}";
+    let node = run("kubectl", &["get", "nodes", "-o", path]).await.succeeded();
+    outage("kubelet", async || kubelet_is_healthy(&node).await).await;
+}
+
+#[tokio::test]
+async fn a_load_survives_the_api_server() {
+    let _scene = Scene::alone().await;
+    outage("kube-apiserver", api_server_is_ready).await;
+}
