@@ -18,6 +18,7 @@ mod replay;
 mod reply;
 mod retry;
 mod route;
+mod tcp;
 mod upstream;
 
 use std::net::SocketAddr;
@@ -25,6 +26,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::ServerConfig;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tracing::debug;
 
 use crate::drain::Drain;
@@ -33,13 +35,14 @@ use crate::name::Naming;
 use crate::proxy::admission::Admission;
 use crate::registry::{Balancer, Registry};
 use crate::traffic::Requests;
-use crate::transport::{Connect, Stream};
+use crate::transport::Connect;
 
 pub use cors::AllowOrigin;
 pub use error::{Error, Reply};
 pub use limits::Limits;
 pub use listener::{Bind, BindError, Listener};
 pub use retry::RetryPolicy;
+pub use tcp::{Carried, relay};
 pub use upstream::PodTls;
 
 /// Settings of the proxy.
@@ -156,7 +159,7 @@ impl Proxy {
     #[doc(hidden)]
     pub fn serve<S>(&self, stream: S, client: SocketAddr) -> impl Future<Output = ()> + Send + use<S>
     where
-        S: Stream + 'static,
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         let ends = connection::Ends {
             client,

@@ -6,14 +6,14 @@ use std::future::Future;
 use std::io;
 use std::pin::Pin;
 
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncBufRead, AsyncWrite};
 
 use crate::registry::PodRef;
 
-/// A byte stream in both directions.
-pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+/// A byte stream in both directions, which can be read in place.
+pub trait Stream: AsyncBufRead + AsyncWrite + Send + Unpin {}
 
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+impl<T: AsyncBufRead + AsyncWrite + Send + Unpin> Stream for T {}
 
 /// A byte stream of whatever make.
 pub type BoxStream = Box<dyn Stream>;

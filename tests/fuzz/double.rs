@@ -261,7 +261,7 @@ impl Connect for Pod {
         let (ours, theirs) = tokio::io::duplex(POD_BUFFER);
         let pod = self.clone();
         self.tasks.spawn(async move { pod.serve(theirs).await });
-        Box::pin(async move { Ok(Box::new(ours) as _) })
+        Box::pin(async move { Ok(Box::new(tokio::io::BufReader::new(ours)) as _) })
     }
 }
 

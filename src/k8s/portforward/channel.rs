@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Api, Client};
-use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, BufReader, DuplexStream, ReadBuf};
 
 use crate::k8s::error;
 use crate::k8s::portforward::{carrier, cause};
@@ -35,11 +35,11 @@ pub(super) async fn open(
         let error = forward.join().await.err()?;
         Some(format!("the port-forward broke: {error}"))
     };
-    Ok(Box::new(PodStream {
+    Ok(Box::new(BufReader::new(PodStream {
         stream,
         failure: Some(Box::pin(failure)),
         broken: Some(Box::pin(broken)),
-    }))
+    })))
 }
 
 /// Resolves with the text of a failure, or with nothing when there was none.

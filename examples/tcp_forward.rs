@@ -1,0 +1,80 @@
+//! Forwards a local port to a port of one pod, as raw bytes: `kubectl port-forward` with this library's transport.
+//!
+//! `cargo run --release --example tcp_forward -- NAMESPACE POD PORT` prints the local address and serves until its standard
+//! input ends. The cluster is that of `KUBECONFIG`; `PORT_FORWARD` chooses the form (`auto`, `spdy`, `tunnel`, `channel`).
+#![expect(clippy::print_stdout, reason = "an example talks to its user")]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use kube_tunnel::drain::Drain;
+use kube_tunnel::k8s::{Carriers, Cluster, Config, PortForward};
+use kube_tunnel::privileges::Account;
+use kube_tunnel::proxy::relay;
+use kube_tunnel::registry::PodRef;
+use kube_tunnel::transport::{Connect, Target};
+use tokio::io::AsyncReadExt as _;
+use tokio::net::TcpListener;
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let mut arguments = std::env::args().skip(1);
+    let mut argument = |name: &'static str| arguments.next().context(name);
+    let (namespace, pod) = (argument("NAMESPACE")?, argument("POD")?);
+    let port = argument("PORT")?.parse().context("PORT")?;
+    let carriers = std::env::var("PORT_FORWARD").unwrap_or_else(|_| "auto".into());
+    let config = Config {
+        kubeconfig: None,
+        context: None,
+        timeout: Duration::from_secs(10),
+        poll_interval: Duration::from_secs(5),
+        idle_timeout: Duration::from_mins(10),
+        carriers: carriers.parse::<Carriers>()?,
+        account: Account::default(),
+    };
+    let (cluster, drain) = (Cluster::load(&config).await?, Drain::new());
+    let forward = PortForward::new(
+        &cluster,
+        config.carriers,
+        config.timeout,
+        config.idle_timeout,
+        &drain,
+    );
+    let target = Target {
+        pod: PodRef {
+            namespace: namespace.into(),
+            name: pod.into(),
+            uid: "".into(),
+        },
+        port,
+    };
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
+    println!("{}", listener.local_addr()?);
+    let shared = Arc::new((forward, target));
+    let serving = async {
+        loop {
+            let (client, _) = listener.accept().await?;
+            let shared = shared.clone();
+            drain.spawn(async move {
+                let (forward, target) = &*shared;
+                let carried = match forward.connect(target).await {
+                    Ok(pod) => relay(client, pod)
+                        .await
+                        .map(drop)
+                        .map_err(|error| error.to_string()),
+                    Err(error) => Err(error.to_string()),
+                };
+                if let Err(error) = carried {
+                    println!("a connection failed: {error}");
+                }
+            });
+        }
+    };
+    let mut input = tokio::io::stdin();
+    let mut byte = [0];
+    tokio::select! {
+        served = serving => served,
+        _ = async { while matches!(input.read(&mut byte).await, Ok(1..)) {} } => Ok(()),
+    }
+}

@@ -1,0 +1,153 @@
+//! Opaque connections: bytes both ways between a client's socket and a pod's port, whatever they mean.
+//!
+//! Nothing is copied into buffers of a connection's own: what the pod sends is written to the socket from where the transport
+//! received it, and what the client sends passes through one buffer per thread, so that a quiet connection costs next to
+//! nothing and a busy one no allocation.
+
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use socket2::SockRef;
+use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::net::TcpStream;
+
+use crate::transport::BoxStream;
+
+/// How much is read from a client at once.
+const READ: usize = 64 << 10;
+
+/// How long what a client still sends is taken and dropped once the pod has ended the connection: closing the socket with
+/// bytes unread would take the pod's last bytes away from the client.
+const LINGER: Duration = Duration::from_secs(1);
+
+thread_local! {
+    /// What has just been read from some client. Nothing stays in it.
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ].into());
+}
+
+/// How many bytes a connection has carried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Carried {
+    /// From the client to the pod.
+    pub to_pod: u64,
+    /// From the pod to the client.
+    pub to_client: u64,
+}
+
+/// Carries bytes both ways until both sides have ended, or one has failed. Dropping the future closes both sides.
+///
+/// When the client ends its side, the pod's answer still arrives. When the pod's side fails, the client's socket is reset, so
+/// that it does not look like an orderly end.
+///
+/// # Errors
+/// The first error of either side.
+pub async fn relay(mut client: TcpStream, mut pod: BoxStream) -> io::Result<Carried> {
+    let _ = client.set_nodelay(true);
+    let mut relay = Relay::default();
+    let carried = poll_fn(|cx| relay.poll(&mut client, &mut pod, cx)).await;
+    match carried {
+        Ok(()) => {
+            client.shutdown().await?;
+            if !relay.client_ended {
+                let mut rest = tokio::io::sink();
+                let _ = tokio::time::timeout(LINGER, tokio::io::copy(&mut client, &mut rest)).await;
+            }
+            Ok(relay.carried)
+        }
+        Err(error) => {
+            let _ = SockRef::from(&client).set_linger(Some(Duration::ZERO));
+            Err(error)
+        }
+    }
+}
+
+#[derive(Default)]
+struct Relay {
+    /// What the client has sent and the pod has not taken yet, from the given place on.
+    pending: Vec<u8>,
+    taken: usize,
+    client_ended: bool,
+    carried: Carried,
+}
+
+impl Relay {
+    /// Resolves when the pod has ended the connection; there is nobody to send to then.
+    fn poll(
+        &mut self,
+        client: &mut TcpStream,
+        pod: &mut BoxStream,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<()>> {
+        // The client first: its first bytes then leave together with the opening of the connection.
+        if let Poll::Ready(Err(error)) = self.poll_upload(client, pod, cx) {
+            // Why the pod takes nothing more is told to its reader.
+            if ready!(self.poll_download(client, pod, cx)).is_ok()
+                && error.kind() == io::ErrorKind::BrokenPipe
+            {
+                return Poll::Ready(Ok(()));
+            }
+            return Poll::Ready(Err(error));
+        }
+        self.poll_download(client, pod, cx)
+    }
+
+    fn poll_upload(
+        &mut self,
+        client: &mut TcpStream,
+        pod: &mut BoxStream,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<()>> {
+        loop {
+            while let Some(rest) = self.pending.get(self.taken..)
+                && !rest.is_empty()
+            {
+                let sent = ready!(Pin::new(&mut *pod).poll_write(cx, rest))?;
+                self.taken += sent;
+                self.carried.to_pod += sent as u64;
+            }
+            self.pending = Vec::new();
+            self.taken = 0;
+            if self.client_ended {
+                return Poll::Ready(Ok(()));
+            }
+            let read = SCRATCH.with_borrow_mut(|scratch| {
+                let mut buffer = ReadBuf::new(scratch);
+                ready!(Pin::new(&mut *client).poll_read(cx, &mut buffer))?;
+                let bytes = buffer.filled();
+                let sent = match Pin::new(&mut *pod).poll_write(cx, bytes) {
+                    Poll::Ready(sent) if !bytes.is_empty() => sent?,
+                    Poll::Ready(_) | Poll::Pending => 0,
+                };
+                self.carried.to_pod += sent as u64;
+                self.pending
+                    .extend_from_slice(bytes.get(sent..).unwrap_or_default());
+                Poll::Ready(Ok::<_, io::Error>(bytes.len()))
+            });
+            if ready!(read)? == 0 {
+                self.client_ended = true;
+                ready!(Pin::new(&mut *pod).poll_shutdown(cx))?;
+            }
+        }
+    }
+
+    fn poll_download(
+        &mut self,
+        client: &mut TcpStream,
+        pod: &mut BoxStream,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<()>> {
+        loop {
+            let bytes = ready!(Pin::new(&mut *pod).poll_fill_buf(cx))?;
+            if bytes.is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            let written = ready!(Pin::new(&mut *client).poll_write(cx, bytes))?;
+            Pin::new(&mut *pod).consume(written);
+            self.carried.to_client += written as u64;
+        }
+    }
+}
