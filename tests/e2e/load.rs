@@ -1,6 +1,8 @@
 //! Fifty clients at once: GET and POST in turn, over kept and over new connections, in HTTP/1.1 and in HTTP/2.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -10,7 +12,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use crate::client::{Client, PROTOCOLS, Protocol, empty, full};
-use crate::command::{DEADLINE, within};
+use crate::command::{DEADLINE, eventually, within};
 
 const CLIENTS: usize = 50;
 
@@ -21,6 +23,8 @@ const PACE: Duration = Duration::from_millis(100);
 pub(crate) struct Load {
     stop: CancellationToken,
     clients: JoinSet<Tally>,
+    /// How many requests a pod has answered.
+    answered: Arc<AtomicUsize>,
 }
 
 /// What became of the requests.
@@ -50,6 +54,7 @@ impl Load {
     /// Begins.
     pub(crate) fn start(proxy: SocketAddr, host: &str) -> Self {
         let stop = CancellationToken::new();
+        let answered = Arc::new(AtomicUsize::new(0));
         let mut clients = JoinSet::new();
         for number in 0..CLIENTS {
             let user = User {
@@ -59,10 +64,24 @@ impl Load {
                 protocol: PROTOCOLS[number % 2],
                 kept: number / 2 % 2 == 0,
                 connection: None,
+                answered: answered.clone(),
             };
             clients.spawn(user.ask_until(stop.clone()));
         }
-        Self { stop, clients }
+        Self {
+            stop,
+            clients,
+            answered,
+        }
+    }
+
+    /// Goes on until another thousand requests have been answered.
+    pub(crate) async fn another_thousand(&self) {
+        let enough = self.answered.load(Ordering::Relaxed) + 1000;
+        eventually("a thousand answers", async || {
+            self.answered.load(Ordering::Relaxed) >= enough
+        })
+        .await;
     }
 
     /// Lets the last requests end.
@@ -104,6 +123,16 @@ impl Tally {
             .filter(|failure| !failure.method.is_idempotent())
     }
 
+    /// Checks that nothing failed that may be sent again, and nothing else but what had been sent.
+    pub(crate) fn lost_only_what_was_sent(&self) {
+        let idempotent: Vec<_> = self.idempotent().collect();
+        assert!(idempotent.is_empty(), "{idempotent:#?}");
+        for failure in self.unsafe_ones() {
+            let sent = failure.words.contains("was closed before it answered");
+            assert!(sent, "{failure:#?}");
+        }
+    }
+
     /// The longest time in which no answer came.
     pub(crate) fn longest_gap(&self) -> Duration {
         let gaps = self.answers.windows(2).map(|pair| pair[1] - pair[0]);
@@ -120,6 +149,7 @@ struct User {
     /// Whether its next request takes the same connection.
     kept: bool,
     connection: Option<Client>,
+    answered: Arc<AtomicUsize>,
 }
 
 impl User {
@@ -142,6 +172,7 @@ impl User {
             let began = Instant::now();
             match self.ask(&method, &id).await {
                 Ok(()) => {
+                    self.answered.fetch_add(1, Ordering::Relaxed);
                     tally.answers.push(Instant::now());
                     tally.slowest = tally.slowest.max(began.elapsed());
                 }

@@ -69,7 +69,8 @@ struct Note {
 
 const NOTES: [Note; 3] = [
     Note {
-        text: "gRPC needs HTTP/2 up to the pod (PROTOCOL-HTTP2.md). The call ends with `grpc-status` 13 or 14, which says so.",
+        text: "gRPC needs HTTP/2 up to the pod (PROTOCOL-HTTP2.md). The call ends with `grpc-status` 13, or 14 \
+               where the pod hangs up without a word.",
         said: "grpc-status",
     },
     Note {
