@@ -132,6 +132,8 @@ pub(super) struct State {
     proven: bool,
     /// No newcomers; ends with the last connection.
     retired: bool,
+    /// Why no connection can be opened any more.
+    refuses: Option<Reason>,
     ended: Option<Reason>,
 }
 
@@ -170,6 +172,7 @@ impl State {
             bulk_until: None,
             proven: false,
             retired: false,
+            refuses: None,
             ended: None,
         }
     }
@@ -274,18 +277,36 @@ impl State {
                 self.connections.remove(key);
             }
         }
+        self.refuses = Some(broke);
         self.ended = Some(reason);
         self.wake_driver();
     }
 
-    /// Adds a connection to a port; nothing is sent yet.
+    /// Opens no connection any more, and fails those that wait for it.
+    fn refuse(&mut self, why: &str) {
+        let why: Reason = why.into();
+        for (_, entry) in &mut self.connections {
+            if entry.place.is_none() {
+                let failure = (io::ErrorKind::NotConnected, why.clone());
+                entry.failure.get_or_insert(failure);
+                self.woken.extend(entry.reader.take());
+                self.woken.extend(entry.writer.take());
+            }
+        }
+        self.refuses.get_or_insert(why);
+    }
+
+    /// Adds a connection to a port; nothing is sent yet. It may come just after the session has ended, since whoever places
+    /// it here has looked before that.
     pub(super) fn connect(&mut self, port: u16, now: Instant) -> usize {
         self.opened += 1;
         self.busy_since.get_or_insert(now);
         self.active_at = now;
         self.unplaced += 1;
+        let failure = self.refuses.clone().map(|why| (io::ErrorKind::NotConnected, why));
         self.connections.insert(Entry {
             port,
+            failure,
             ..Entry::default()
         })
     }

@@ -57,7 +57,10 @@ impl State {
             },
             Event::Ping { id } => self.workers.pong(id, now),
             // Opens after this are silently ignored by the peer.
-            Event::GoAway => self.retired = true,
+            Event::GoAway => {
+                self.retired = true;
+                self.refuse("the server takes no more connections on this port-forward");
+            }
         }
     }
 

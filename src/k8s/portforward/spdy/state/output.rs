@@ -160,7 +160,7 @@ impl State {
             let waits = self
                 .connections
                 .get(key)
-                .is_some_and(|entry| entry.place.is_none());
+                .is_some_and(|entry| entry.place.is_none() && entry.failure.is_none());
             if waits && !self.place(key, now) {
                 break;
             }

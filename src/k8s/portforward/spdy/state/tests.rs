@@ -1,3 +1,5 @@
+mod ends;
+
 use super::*;
 use std::task::Waker;
 
