@@ -258,11 +258,13 @@ impl State {
         }
         let reason: Reason = reason.into();
         let broke: Arc<str> = format!("the port-forward broke: {reason}").into();
-        let keys: Vec<usize> = self.connections.iter().map(|(key, _)| key).collect();
-        for key in keys {
-            let Some(entry) = self.connections.get_mut(key) else {
-                continue;
-            };
+        self.connections.retain(|_, entry| entry.detached.is_none());
+        // What others have come to is known, though perhaps not read yet.
+        let open = self
+            .connections
+            .iter_mut()
+            .filter(|(_, entry)| !entry.is_settled());
+        for (_, entry) in open {
             // Payload that has not left cannot have had an effect.
             let unsent = entry.first_batch.is_none_or(|first| first == self.batch);
             let kind = if unsent && !entry.heard {
@@ -273,9 +275,6 @@ impl State {
             entry.failure.get_or_insert((kind, broke.clone()));
             self.woken.extend(entry.reader.take());
             self.woken.extend(entry.writer.take());
-            if entry.detached.is_some() {
-                self.connections.remove(key);
-            }
         }
         self.refuses = Some(broke);
         self.ended = Some(reason);

@@ -28,3 +28,27 @@ fn a_connection_that_is_not_opened_before_the_server_says_goodbye_may_be_tried_a
     let later = scene.open(80);
     assert_eq!(kind(scene.read(later)), io::ErrorKind::NotConnected);
 }
+
+#[test]
+fn what_the_pod_had_ended_in_order_stays_so_when_the_session_ends() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.write(key, 10);
+    scene.written();
+    scene.data(key, 5);
+    scene.end(key, "");
+    scene.state.end("gone");
+    assert_eq!(scene.read(key).unwrap().unwrap(), 5);
+    assert_eq!(scene.read(key).unwrap().unwrap(), 0, "an orderly end");
+}
+
+#[test]
+fn a_refusal_stays_one_when_the_session_ends() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.write(key, 10);
+    scene.written();
+    scene.end(key, REFUSED);
+    scene.state.end("gone");
+    assert_eq!(kind(scene.read(key)), io::ErrorKind::ConnectionRefused);
+}
