@@ -1,5 +1,7 @@
 //! What the bytes from the peer mean.
 
+use std::mem;
+
 use tokio::time::Instant;
 
 use crate::k8s::portforward::cause;
@@ -108,7 +110,9 @@ impl State {
         if !payload.is_empty() {
             if !entry.heard {
                 entry.heard = true;
-                entry.hold = false;
+                if mem::take(&mut entry.hold) {
+                    self.woken.extend(entry.writer.take());
+                }
                 self.ports.note(entry.port, Behaviour::Accepts, now);
             }
             entry.awaiting = false;

@@ -1,4 +1,5 @@
 mod ends;
+mod wakes;
 
 use super::*;
 use std::task::Waker;

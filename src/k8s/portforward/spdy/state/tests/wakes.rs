@@ -1,0 +1,47 @@
+//! Who is woken, and when.
+
+use super::*;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Wake;
+
+/// Counts how often a task would have run.
+#[derive(Default)]
+struct Count(AtomicUsize);
+
+impl Wake for Count {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn a_writer_that_was_held_back_goes_on_when_the_pod_speaks_first() {
+    let mut scene = Scene::new();
+    scene.ports.note(80, Behaviour::Refuses, scene.now);
+    let key = scene.open(80);
+    let woken = Arc::new(Count::default());
+    let waker = Waker::from(woken.clone());
+    let parts = [io::IoSlice::new(b"hello")];
+    let mut cx = Context::from_waker(&waker);
+    assert!(
+        scene
+            .state
+            .poll_write(key, &parts, scene.now, &mut cx)
+            .is_pending()
+    );
+    scene.written();
+    scene.state.woken().into_iter().for_each(Waker::wake);
+    assert!(
+        scene
+            .state
+            .poll_write(key, &parts, scene.now, &mut cx)
+            .is_pending()
+    );
+    let before = woken.0.load(Ordering::SeqCst);
+    scene.reply(key);
+    scene.data(key, 1);
+    scene.pass(Duration::from_millis(25));
+    scene.state.woken().into_iter().for_each(Waker::wake);
+    assert!(woken.0.load(Ordering::SeqCst) > before, "nobody tells the writer");
+}
