@@ -55,7 +55,7 @@ pub(in crate::k8s::portforward) struct Load {
 /// What a turn of the session's task has come to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Turn {
-    /// There is more to write.
+    /// There is more to write, or to read.
     More,
     /// Nothing to do now.
     Wait,
@@ -111,6 +111,8 @@ pub(super) struct State {
     spare: Spare,
     /// Reading waits for this connection's reader, since then.
     paused: Option<(usize, Instant)>,
+    /// Whether the session's task has passed over reading for that: then nothing of the connection wakes it.
+    passed_over: bool,
     began: Instant,
     /// When to look at what waits for a time.
     tick_at: Option<Instant>,
@@ -161,6 +163,7 @@ impl State {
             batch: 1,
             spare: Spare::default(),
             paused: None,
+            passed_over: false,
             began: now,
             tick_at: None,
             resumed_at: now,
@@ -198,6 +201,10 @@ impl State {
             return Turn::Ended;
         }
         if idle && self.has_output(now) {
+            return Turn::More;
+        }
+        if self.passed_over && self.paused.is_none() {
+            // The reader has caught up during the turn, when there was nobody to wake.
             return Turn::More;
         }
         if self.is_done() {

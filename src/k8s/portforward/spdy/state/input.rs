@@ -32,9 +32,10 @@ impl State {
         Ok(())
     }
 
-    /// Tells whether the session is to be read.
-    pub(in crate::k8s::portforward::spdy) fn is_reading(&self) -> bool {
-        self.paused.is_none()
+    /// Tells the session's task whether to read.
+    pub(in crate::k8s::portforward::spdy) fn is_reading(&mut self) -> bool {
+        self.passed_over = self.paused.is_some();
+        !self.passed_over
     }
 
     fn handle(&mut self, event: &Event<'_>, now: Instant) {

@@ -45,3 +45,23 @@ fn a_writer_that_was_held_back_goes_on_when_the_pod_speaks_first() {
     scene.state.woken().into_iter().for_each(Waker::wake);
     assert!(woken.0.load(Ordering::SeqCst) > before, "nobody tells the writer");
 }
+
+#[test]
+fn a_reader_that_catches_up_during_a_turn_has_the_session_read_again() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.read(key);
+    scene.written();
+    scene.data(key, ALONE);
+    scene.state.begin_turn();
+    assert!(!scene.state.is_reading());
+    while scene.read(key).is_some() {}
+    let cx = Context::from_waker(Waker::noop());
+    assert_eq!(
+        scene.state.end_turn(true, scene.now, &cx),
+        Turn::More,
+        "the connection is not read, and nothing would wake its task"
+    );
+    assert!(scene.state.is_reading());
+    assert_eq!(scene.state.end_turn(true, scene.now, &cx), Turn::Wait);
+}
