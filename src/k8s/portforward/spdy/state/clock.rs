@@ -80,7 +80,10 @@ impl State {
         };
         entry.timed = false;
         // What was not read cannot be missed.
-        let mut waits = entry.ended_at.is_some() && (paused || entry.settle(self.resumed_at, now));
+        let mut waits = entry.ended_at.is_some() && (paused || entry.settle(self.resumed_at, self.heard_at));
+        if waits {
+            self.asked_at.get_or_insert(now);
+        }
         if entry.is_settled() {
             self.woken.extend(entry.reader.take());
             self.woken.extend(entry.writer.take());

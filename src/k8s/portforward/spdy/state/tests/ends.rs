@@ -52,3 +52,70 @@ fn a_refusal_stays_one_when_the_session_ends() {
     scene.state.end("gone");
     assert_eq!(kind(scene.read(key)), io::ErrorKind::ConnectionRefused);
 }
+
+#[test]
+fn half_an_end_is_not_believed_while_the_server_is_silent() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.write(key, 10);
+    scene.written();
+    scene.reply(key);
+    let mut half = Vec::new();
+    frame::fin(&mut half, scene.id(key));
+    scene.receive(&half);
+    let begun = scene.now;
+    while scene.state.ended().is_none() {
+        assert!(scene.read(key).is_none(), "after {:?}", scene.now - begun);
+        scene.pass(Duration::from_millis(20));
+        scene.written();
+        assert!(
+            scene.now - begun < Duration::from_secs(10),
+            "the silence is not noticed"
+        );
+    }
+    assert_eq!(kind(scene.read(key)), io::ErrorKind::ConnectionAborted);
+}
+
+#[test]
+fn half_an_end_is_believed_when_the_server_answers_and_the_rest_does_not_come() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.write(key, 10);
+    scene.written();
+    scene.reply(key);
+    let mut half = Vec::new();
+    frame::fin(&mut half, scene.id(key));
+    scene.receive(&half);
+    let begun = scene.now;
+    while scene.read(key).is_none() {
+        scene.pass(Duration::from_millis(20));
+        for frame in scene.answer_pings_but(None) {
+            if frame == Wrote::Open(output::PROBE) {
+                let mut refused = Vec::new();
+                frame::reset(&mut refused, output::PROBE, 1);
+                scene.receive(&refused);
+            }
+        }
+        assert!(scene.now - begun < Duration::from_secs(4));
+    }
+    assert_eq!(scene.read(key).unwrap().unwrap(), 0);
+}
+
+#[test]
+fn an_end_without_an_end_of_the_data_is_none() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.write(key, 10);
+    scene.written();
+    scene.data(key, 5);
+    let mut half = Vec::new();
+    frame::fin(&mut half, scene.id(key) - output::PAIR);
+    scene.receive(&half);
+    assert_eq!(scene.read(key).unwrap().unwrap(), 5);
+    for _ in 0..200 {
+        scene.pass(Duration::from_millis(20));
+        scene.answer_pings();
+        scene.receive(&[]);
+    }
+    assert_eq!(kind(scene.read(key)), io::ErrorKind::ConnectionAborted);
+}
