@@ -377,10 +377,13 @@ impl State {
         let Some(entry) = self.connections.get_mut(key) else {
             return;
         };
-        if entry.ours != Ours::Open || entry.place.is_none() {
+        if entry.ours != Ours::Open {
             return;
         }
-        if entry.awaiting {
+        if entry.place.is_none() {
+            // It follows the opening.
+            entry.ours = Ours::FinWanted;
+        } else if entry.awaiting {
             entry.ours = Ours::Held(now);
             self.time(key);
         } else {

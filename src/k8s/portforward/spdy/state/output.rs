@@ -201,6 +201,9 @@ impl State {
             // Should the port refuse, the harm stays with this connection.
             None => self.live[class] > 0,
         };
+        if entry.ours == Ours::FinWanted {
+            self.ending.push_back(key);
+        }
         self.by_id.insert(id, key);
         self.unplaced -= 1;
         self.live[class] += 1;

@@ -119,3 +119,14 @@ fn an_end_without_an_end_of_the_data_is_none() {
     }
     assert_eq!(kind(scene.read(key)), io::ErrorKind::ConnectionAborted);
 }
+
+#[test]
+fn an_end_before_the_opening_is_not_forgotten() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.state.shutdown(key, scene.now);
+    assert_eq!(kind(scene.write(key, 1)), io::ErrorKind::BrokenPipe);
+    assert!(scene.read(key).is_none());
+    let written = scene.written();
+    assert!(written.contains(&Wrote::Fin(scene.id(key))), "{written:?}");
+}
