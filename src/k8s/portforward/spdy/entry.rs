@@ -92,6 +92,8 @@ pub(super) struct Entry {
     pub(super) port: u16,
     /// Nothing while it waits to be opened.
     pub(super) place: Option<Place>,
+    /// Since when it has waited to be opened.
+    pub(super) begun_at: Option<Instant>,
     /// What has come and was not read.
     pub(super) received: Chunks,
     /// Who waits for bytes.

@@ -318,12 +318,14 @@ impl State {
     }
 
     /// Asks for a connection to be opened, if it is not.
-    pub(super) fn begin(&mut self, key: usize) {
-        let Some(entry) = self.connections.get(key) else {
+    pub(super) fn begin(&mut self, key: usize, now: Instant) {
+        let Some(entry) = self.connections.get_mut(key) else {
             return;
         };
-        if entry.place.is_none() && !self.opening.contains(&key) {
+        if entry.place.is_none() && entry.begun_at.is_none() {
+            entry.begun_at = Some(now);
             self.opening.push_back(key);
+            self.time(key);
             self.wake_driver();
         }
     }
@@ -358,7 +360,7 @@ impl State {
         match entry.outcome() {
             Outcome::Open => {
                 keep(&mut entry.reader, cx);
-                self.begin(key);
+                self.begin(key, now);
                 Poll::Pending
             }
             Outcome::End => Poll::Ready(Ok(None)),

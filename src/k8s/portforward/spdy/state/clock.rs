@@ -116,6 +116,23 @@ impl State {
         let Some(entry) = self.connections.get(key) else {
             return;
         };
+        if let Some(since) = entry.begun_at
+            && entry.place.is_none()
+            && entry.failure.is_none()
+        {
+            waits = true;
+            if !paused && now.duration_since(since.max(self.resumed_at)) >= REPLY {
+                self.fail(
+                    key,
+                    io::ErrorKind::NotConnected,
+                    "no worker of the container runtime takes the connection",
+                );
+                self.retired = true;
+            }
+        }
+        let Some(entry) = self.connections.get(key) else {
+            return;
+        };
         if let Ours::Held(since) = entry.ours {
             waits = true;
             if now.duration_since(since) >= LINGER {

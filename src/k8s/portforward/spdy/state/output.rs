@@ -67,7 +67,7 @@ impl State {
             return Poll::Ready(Ok(0));
         }
         if entry.place.is_none() {
-            self.begin(key);
+            self.begin(key, now);
             self.place_waiting(now);
         }
         let shared = self.is_shared();

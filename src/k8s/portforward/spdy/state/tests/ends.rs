@@ -130,3 +130,25 @@ fn an_end_before_the_opening_is_not_forgotten() {
     let written = scene.written();
     assert!(written.contains(&Wrote::Fin(scene.id(key))), "{written:?}");
 }
+
+#[test]
+fn a_connection_that_finds_no_place_fails_and_may_be_tried_again() {
+    let mut scene = Scene::new();
+    let late = scene.open(80);
+    (0..5).for_each(|class| scene.state.workers.suspect(class));
+    assert!(scene.write(late, 1).is_none());
+    for _ in 0..200 {
+        scene.written();
+        scene.pass(Duration::from_millis(20));
+    }
+    assert_eq!(kind(scene.write(late, 1)), io::ErrorKind::NotConnected);
+    assert!(!scene.is_open());
+    scene.answer_pings();
+    assert!(
+        !scene
+            .written()
+            .iter()
+            .any(|frame| matches!(frame, Wrote::Open(id) if *id != output::PROBE)),
+        "it is opened all the same"
+    );
+}
