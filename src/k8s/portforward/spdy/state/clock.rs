@@ -51,7 +51,11 @@ impl State {
     /// Does what time alone brings about.
     pub(in crate::k8s::portforward::spdy) fn tick(&mut self, now: Instant) {
         self.tick_at = None;
-        for key in mem::take(&mut self.timed) {
+        // A key that was used again may stand there twice.
+        let mut timed = mem::take(&mut self.timed);
+        timed.sort_unstable();
+        timed.dedup();
+        for key in timed {
             self.tick_connection(key, now);
         }
         if let Some((slow, since)) = self.paused

@@ -65,3 +65,22 @@ fn a_reader_that_catches_up_during_a_turn_has_the_session_read_again() {
     assert!(scene.state.is_reading());
     assert_eq!(scene.state.end_turn(true, scene.now, &cx), Turn::Wait);
 }
+
+#[test]
+fn keys_that_are_used_again_do_not_pile_up_among_those_that_wait_for_a_time() {
+    let mut scene = Scene::new();
+    for _ in 0..100 {
+        let key = scene.open(80);
+        scene.read(key);
+        scene.written();
+        scene.end(key, "");
+        scene.state.detach(key, scene.now);
+        scene.answer_pings();
+        assert!(scene.state.connections.is_empty());
+    }
+    let key = scene.open(80);
+    scene.read(key);
+    scene.written();
+    scene.pass(Duration::from_millis(20));
+    assert_eq!(scene.state.timed, [key]);
+}
