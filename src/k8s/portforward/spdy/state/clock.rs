@@ -76,6 +76,13 @@ impl State {
         self.check_alive(now);
     }
 
+    /// Notes that the server has taken bytes after it had taken none for a moment. That is no answer, but none can be expected
+    /// to what still waits behind them.
+    pub(in crate::k8s::portforward::spdy) fn taken(&mut self, now: Instant) {
+        self.asked_at = self.asked_at.map(|_| now);
+        self.probed_at = self.probed_at.map(|_| now);
+    }
+
     /// Looks at one connection that waits for a time, and keeps it on the list if it still does.
     fn tick_connection(&mut self, key: usize, now: Instant) {
         let paused = self.paused.is_some();
