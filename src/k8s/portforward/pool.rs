@@ -106,6 +106,11 @@ impl Pool {
         }
     }
 
+    /// Has the next connection find out again whether the cluster's port-forwards carry one connection each.
+    pub(super) fn doubt_single(&self) {
+        self.lock().single = false;
+    }
+
     fn dial(self: &Arc<Self>, inner: &mut Inner) {
         inner.dialing += 1;
         let dialing = Dialing(self.clone());
