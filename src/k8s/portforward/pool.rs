@@ -113,7 +113,10 @@ impl Pool {
 
     fn dial(self: &Arc<Self>, inner: &mut Inner) {
         inner.dialing += 1;
-        let dialing = Dialing(self.clone());
+        let dialing = Dialing {
+            pool: self.clone(),
+            done: false,
+        };
         self.drain.spawn(dialing.run());
     }
 
@@ -164,12 +167,15 @@ impl Inner {
     }
 }
 
-/// The opening of one session; counted until it is dropped, however it ends.
-struct Dialing(Arc<Pool>);
+/// The opening of one session; counted until it is done, or dropped.
+struct Dialing {
+    pool: Arc<Pool>,
+    done: bool,
+}
 
 impl Dialing {
-    async fn run(self) {
-        let pool = &self.0;
+    async fn run(mut self) {
+        let pool = &self.pool;
         let dialed = pool.dialer.dial(&pool.pod, &pool.ports).await;
         let mut inner = pool.lock();
         let result = match dialed {
@@ -195,12 +201,19 @@ impl Dialing {
         for waiting in inner.waiting.drain(..) {
             let _ = waiting.send(result.clone());
         }
+        // Under the same lock: whoever comes next must not wait for what has already been told.
+        inner.dialing -= 1;
+        drop(inner);
+        self.done = true;
     }
 }
 
 impl Drop for Dialing {
     fn drop(&mut self) {
-        let mut inner = self.0.lock();
+        if self.done {
+            return;
+        }
+        let mut inner = self.pool.lock();
         inner.dialing -= 1;
         if inner.dialing == 0 {
             // Cut off by shutdown or a panic.
