@@ -83,6 +83,8 @@ impl PortForward {
                 () = waiting.started() => {}
                 () = sweep(&pools, idle_timeout) => {}
             }
+            let pools = pools.lock().unwrap_or_else(PoisonError::into_inner);
+            pools.values().for_each(|pool| pool.close());
         });
         this
     }

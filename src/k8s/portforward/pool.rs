@@ -145,6 +145,14 @@ impl Pool {
         !inner.sessions.is_empty() || inner.dialing > 0 || idle_for(inner.used_at) < idle_timeout
     }
 
+    /// Closes every session as soon as it is unused.
+    pub(super) fn close(&self) {
+        self.lock()
+            .sessions
+            .drain(..)
+            .for_each(|session| session.retire());
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
