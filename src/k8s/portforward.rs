@@ -83,6 +83,8 @@ impl PortForward {
                 () = waiting.started() => {}
                 () = sweep(&pools, idle_timeout) => {}
             }
+            let pools = pools.lock().unwrap_or_else(PoisonError::into_inner);
+            pools.values().for_each(|pool| pool.close());
         });
         this
     }
@@ -101,7 +103,15 @@ impl PortForward {
         };
         match pool.connect(target.port).await? {
             Way::Stream(stream) => Ok(Box::new(stream)),
-            Way::Single => channel::open(self.dialer.client.clone(), target, self.dialer.timeout).await,
+            Way::Single => {
+                let opened = channel::open(self.dialer.client.clone(), target, self.dialer.timeout).await;
+                match &opened {
+                    Ok(_) => self.dialer.carriers.note(Carrier::Channel),
+                    // The other forms may have failed for the same reason, which may pass or be this pod's alone.
+                    Err(_) => pool.doubt_single(),
+                }
+                opened
+            }
         }
     }
 }
@@ -158,7 +168,8 @@ impl Dialer {
         for carrier in self.carriers.order() {
             match self.dial_as(carrier, pod, ports).await {
                 Ok(dialed) => {
-                    if !self.carriers.works(carrier) {
+                    // Nothing has been asked yet for a single connection.
+                    if matches!(dialed, Dialed::Session(_)) && !self.carriers.works(carrier) {
                         debug!(?carrier, "port-forwards work");
                         self.carriers.note(carrier);
                     }

@@ -3,7 +3,7 @@
 use http::{Request, StatusCode};
 use http_body_util::{BodyExt, Full};
 use kube_tunnel::testing::backend::{Protocols, Serve};
-use kube_tunnel::testing::{FakeCluster, ForwardFault, Identity, Rule};
+use kube_tunnel::testing::{Carrier, FakeCluster, ForwardFault, Identity, Rule};
 use serde_json::json;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
@@ -127,6 +127,35 @@ async fn a_refused_port_forward_names_the_verb_and_the_resource() {
     let reply = fetch(app.address, "two.shop", "/").await;
     assert_eq!(reply.status, StatusCode::FORBIDDEN);
     assert!(reply.text().contains("pods/portforward"), "{}", reply.text());
+}
+
+#[tokio::test]
+async fn a_namespace_without_port_forwards_costs_the_others_nothing() {
+    let cluster = cluster().await;
+    let serve = |namespace| {
+        let workload = cluster.workload(namespace, "web").port("http", 80, 8080);
+        workload.serve(Serve::Http(Protocols::Any)).create().unwrap()
+    };
+    let _workloads = [serve("closed"), serve("open")];
+    cluster.add_token("dev", "dev-token");
+    cluster.allow_only(
+        "dev",
+        &[
+            Rule::new(&["get", "list", "watch"], &["services", "endpointslices"]),
+            Rule::new(&["get", "create"], &["pods/portforward"]).in_namespace("open"),
+        ],
+    );
+    let app = TestApp::start_as(&cluster, &Identity::Token("dev-token".into())).await;
+    let reply = fetch(app.address, "web.closed", "/").await;
+    assert_eq!(reply.status, StatusCode::FORBIDDEN);
+    let reply = fetch(app.address, "web.open", "/").await;
+    assert_eq!(reply.status, StatusCode::OK);
+    let counts = cluster.forwards().counts();
+    assert_eq!(
+        counts.upgrades(Carrier::Channel),
+        0,
+        "the form for all was changed"
+    );
 }
 
 #[tokio::test]

@@ -7,8 +7,8 @@ use kube_tunnel::testing::FakeCluster;
 use kube_tunnel::testing::backend::{Protocols, Serve};
 use tokio::net::TcpListener;
 
-use crate::app::{TestApp, eventually};
-use crate::client::{Client, get};
+use crate::app::{PATIENCE, TestApp, eventually};
+use crate::client::{Client, fetch, get};
 
 const WEB: &str = "web.shop.svc.cluster.local";
 
@@ -89,4 +89,23 @@ async fn a_client_that_leaves_ends_its_request_at_the_backend() {
     drop(response);
     drop(client);
     eventually("the request to end at the backend", || backend.in_flight() == 0).await;
+}
+
+#[tokio::test]
+async fn port_forwards_are_closed_in_order_at_the_end() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = cluster
+        .workload("shop", "web")
+        .port("http", 80, 8080)
+        .serve(Serve::Http(Protocols::Any))
+        .create()
+        .unwrap();
+    let app = TestApp::start(&cluster).await;
+    assert_eq!(fetch(app.address, "web.shop", "/").await.status, StatusCode::OK);
+    app.stop().await;
+    let closed = cluster.forwards().until(|counts| counts.go_aways > 0);
+    tokio::time::timeout(PATIENCE, closed)
+        .await
+        .expect("the API server is left to find out by itself");
+    drop(workload);
 }

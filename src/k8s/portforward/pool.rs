@@ -106,9 +106,17 @@ impl Pool {
         }
     }
 
+    /// Has the next connection find out again whether the cluster's port-forwards carry one connection each.
+    pub(super) fn doubt_single(&self) {
+        self.lock().single = false;
+    }
+
     fn dial(self: &Arc<Self>, inner: &mut Inner) {
         inner.dialing += 1;
-        let dialing = Dialing(self.clone());
+        let dialing = Dialing {
+            pool: self.clone(),
+            done: false,
+        };
         self.drain.spawn(dialing.run());
     }
 
@@ -137,6 +145,14 @@ impl Pool {
         !inner.sessions.is_empty() || inner.dialing > 0 || idle_for(inner.used_at) < idle_timeout
     }
 
+    /// Closes every session as soon as it is unused.
+    pub(super) fn close(&self) {
+        self.lock()
+            .sessions
+            .drain(..)
+            .for_each(|session| session.retire());
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -159,12 +175,15 @@ impl Inner {
     }
 }
 
-/// The opening of one session; counted until it is dropped, however it ends.
-struct Dialing(Arc<Pool>);
+/// The opening of one session; counted until it is done, or dropped.
+struct Dialing {
+    pool: Arc<Pool>,
+    done: bool,
+}
 
 impl Dialing {
-    async fn run(self) {
-        let pool = &self.0;
+    async fn run(mut self) {
+        let pool = &self.pool;
         let dialed = pool.dialer.dial(&pool.pod, &pool.ports).await;
         let mut inner = pool.lock();
         let result = match dialed {
@@ -190,12 +209,19 @@ impl Dialing {
         for waiting in inner.waiting.drain(..) {
             let _ = waiting.send(result.clone());
         }
+        // Under the same lock: whoever comes next must not wait for what has already been told.
+        inner.dialing -= 1;
+        drop(inner);
+        self.done = true;
     }
 }
 
 impl Drop for Dialing {
     fn drop(&mut self) {
-        let mut inner = self.0.lock();
+        if self.done {
+            return;
+        }
+        let mut inner = self.pool.lock();
         inner.dialing -= 1;
         if inner.dialing == 0 {
             // Cut off by shutdown or a panic.

@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::io;
+use std::mem;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -27,6 +28,8 @@ pub(super) struct Driver<S> {
     written: usize,
     /// Whether what was written may still lie in a buffer of the connection.
     unflushed: bool,
+    /// Whether the connection last took nothing.
+    stalled: bool,
     buffer: Box<[u8]>,
     sleep: Pin<Box<Sleep>>,
 }
@@ -39,6 +42,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
             batch: Vec::new(),
             written: 0,
             unflushed: false,
+            stalled: false,
             buffer: vec![0; READ].into(),
             sleep: Box::pin(tokio::time::sleep_until(Instant::now())),
         }
@@ -58,10 +62,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
             }
             let rest = self.batch.get(self.written..).unwrap_or_default();
             let Poll::Ready(written) = Pin::new(&mut self.io).poll_write(cx, rest)? else {
+                self.stalled = true;
                 return Ok(progress);
             };
             if written == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
+            }
+            if mem::take(&mut self.stalled) {
+                self.shared.lock().taken(now);
             }
             self.written += written;
             (progress, self.unflushed) = (true, true);
@@ -182,5 +190,64 @@ impl<S> Drop for Driver<S> {
     /// However the task ends, nobody may wait for it.
     fn drop(&mut self) {
         let _ = self.end("kube-tunnel is shutting down");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+
+    use crate::drain::Drain;
+    use crate::k8s::portforward::spdy::{Phase, Session};
+
+    /// What the connection holds.
+    const PIPE: usize = 4 << 10;
+
+    /// A peer that takes the contents of the connection four times a second, for so long, and answers what asks for an
+    /// answer once it has arrived.
+    async fn peer(mut io: DuplexStream, time: Duration) {
+        let (begun, mut unread, mut bytes) = (tokio::time::Instant::now(), Vec::new(), [0; PIPE]);
+        while begun.elapsed() < time {
+            let Ok(count @ 1..) = io.read(&mut bytes).await else {
+                return;
+            };
+            unread.extend_from_slice(&bytes[..count]);
+            while let [first, _, _, kind, _, length @ ..] = &unread[..]
+                && let [high, middle, low, payload @ ..] = length
+                && let size = u32::from_be_bytes([0, *high, *middle, *low]) as usize
+                && let Some(payload) = payload.get(..size)
+            {
+                let id: Vec<u8> = payload.iter().take(4).copied().collect();
+                let answer = match (first, kind) {
+                    (0x80, 1) => Some(2), // a stream gets a reply
+                    (0x80, 6) => Some(6),
+                    _ => None,
+                };
+                if let Some(kind) = answer {
+                    io.write_all(&[0x80, 3, 0, kind, 0, 0, 0, 4]).await.unwrap();
+                    io.write_all(&id).await.unwrap();
+                }
+                unread.drain(..8 + size);
+            }
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
+        std::future::pending().await
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_takes_bytes_slowly_is_not_dead_until_it_takes_none() {
+        let (ours, theirs) = duplex(PIPE);
+        let drain = Drain::new();
+        let slow = Duration::from_secs(30);
+        drain.spawn(peer(theirs, slow));
+        let session = Session::start(ours, std::sync::Arc::default(), &drain);
+        let begun = tokio::time::Instant::now();
+        let mut stream = session.connect(80);
+        stream.write_all(&vec![0; 4 << 20]).await.unwrap_err();
+        assert!(begun.elapsed() >= slow, "dead after {:?}", begun.elapsed());
+        assert!(begun.elapsed() < slow + Duration::from_secs(7));
+        assert!(matches!(*session.phase().borrow(), Phase::Ended(_)));
     }
 }

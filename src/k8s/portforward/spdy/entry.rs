@@ -92,6 +92,8 @@ pub(super) struct Entry {
     pub(super) port: u16,
     /// Nothing while it waits to be opened.
     pub(super) place: Option<Place>,
+    /// Since when it has waited to be opened.
+    pub(super) begun_at: Option<Instant>,
     /// What has come and was not read.
     pub(super) received: Chunks,
     /// Who waits for bytes.
@@ -161,13 +163,14 @@ impl Entry {
         self.data != Half::Open && self.error != Half::Open || given_up || self.late
     }
 
-    /// Waits for the second of the two ends, which nobody was kept from reading since `read_since`. Returns whether it is
-    /// still to be waited for.
-    pub(super) fn settle(&mut self, read_since: Instant, now: Instant) -> bool {
+    /// Waits for the second of the two ends, which nobody was kept from reading since `read_since`. It has had its time when
+    /// something else came that much later: of a silent server nothing can be said. Returns whether it is still to be waited
+    /// for.
+    pub(super) fn settle(&mut self, read_since: Instant, heard_at: Instant) -> bool {
         let Some(at) = self.ended_at else {
             return false;
         };
-        self.late |= now.duration_since(at.max(read_since)) >= SETTLE;
+        self.late |= heard_at.duration_since(at.max(read_since)) >= SETTLE;
         !self.is_settled()
     }
 
@@ -189,6 +192,10 @@ impl Entry {
                 io::ErrorKind::ConnectionReset,
                 "the pod reset the connection".into(),
             );
+        }
+        if self.data == Half::Open {
+            let text = "the pod ended the connection without an end of its data";
+            return Outcome::Failed(io::ErrorKind::ConnectionAborted, text.into());
         }
         Outcome::End
     }

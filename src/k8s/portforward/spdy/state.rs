@@ -55,7 +55,7 @@ pub(in crate::k8s::portforward) struct Load {
 /// What a turn of the session's task has come to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Turn {
-    /// There is more to write.
+    /// There is more to write, or to read.
     More,
     /// Nothing to do now.
     Wait,
@@ -111,6 +111,8 @@ pub(super) struct State {
     spare: Spare,
     /// Reading waits for this connection's reader, since then.
     paused: Option<(usize, Instant)>,
+    /// Whether the session's task has passed over reading for that: then nothing of the connection wakes it.
+    passed_over: bool,
     began: Instant,
     /// When to look at what waits for a time.
     tick_at: Option<Instant>,
@@ -134,6 +136,8 @@ pub(super) struct State {
     proven: bool,
     /// No newcomers; ends with the last connection.
     retired: bool,
+    /// Why no connection can be opened any more.
+    refuses: Option<Reason>,
     ended: Option<Reason>,
 }
 
@@ -161,6 +165,7 @@ impl State {
             batch: 1,
             spare: Spare::default(),
             paused: None,
+            passed_over: false,
             began: now,
             tick_at: None,
             due: now,
@@ -173,6 +178,7 @@ impl State {
             bulk_until: None,
             proven: false,
             retired: false,
+            refuses: None,
             ended: None,
         }
     }
@@ -198,6 +204,10 @@ impl State {
             return Turn::Ended;
         }
         if idle && self.has_output(now) {
+            return Turn::More;
+        }
+        if self.passed_over && self.paused.is_none() {
+            // The reader has caught up during the turn, when there was nobody to wake.
             return Turn::More;
         }
         if self.is_done() {
@@ -258,11 +268,13 @@ impl State {
         }
         let reason: Reason = reason.into();
         let broke: Arc<str> = format!("the port-forward broke: {reason}").into();
-        let keys: Vec<usize> = self.connections.iter().map(|(key, _)| key).collect();
-        for key in keys {
-            let Some(entry) = self.connections.get_mut(key) else {
-                continue;
-            };
+        self.connections.retain(|_, entry| entry.detached.is_none());
+        // What others have come to is known, though perhaps not read yet.
+        let open = self
+            .connections
+            .iter_mut()
+            .filter(|(_, entry)| !entry.is_settled());
+        for (_, entry) in open {
             // Payload that has not left cannot have had an effect.
             let unsent = entry.first_batch.is_none_or(|first| first == self.batch);
             let kind = if unsent && !entry.heard {
@@ -273,33 +285,50 @@ impl State {
             entry.failure.get_or_insert((kind, broke.clone()));
             self.woken.extend(entry.reader.take());
             self.woken.extend(entry.writer.take());
-            if entry.detached.is_some() {
-                self.connections.remove(key);
-            }
         }
+        self.refuses = Some(broke);
         self.ended = Some(reason);
         self.wake_driver();
     }
 
-    /// Adds a connection to a port; nothing is sent yet.
+    /// Opens no connection any more, and fails those that wait for it.
+    fn refuse(&mut self, why: &str) {
+        let why: Reason = why.into();
+        for (_, entry) in &mut self.connections {
+            if entry.place.is_none() {
+                let failure = (io::ErrorKind::NotConnected, why.clone());
+                entry.failure.get_or_insert(failure);
+                self.woken.extend(entry.reader.take());
+                self.woken.extend(entry.writer.take());
+            }
+        }
+        self.refuses.get_or_insert(why);
+    }
+
+    /// Adds a connection to a port; nothing is sent yet. It may come just after the session has ended, since whoever places
+    /// it here has looked before that.
     pub(super) fn connect(&mut self, port: u16, now: Instant) -> usize {
         self.opened += 1;
         self.busy_since.get_or_insert(now);
         self.active_at = now;
         self.unplaced += 1;
+        let failure = self.refuses.clone().map(|why| (io::ErrorKind::NotConnected, why));
         self.connections.insert(Entry {
             port,
+            failure,
             ..Entry::default()
         })
     }
 
     /// Asks for a connection to be opened, if it is not.
-    pub(super) fn begin(&mut self, key: usize) {
-        let Some(entry) = self.connections.get(key) else {
+    pub(super) fn begin(&mut self, key: usize, now: Instant) {
+        let Some(entry) = self.connections.get_mut(key) else {
             return;
         };
-        if entry.place.is_none() && !self.opening.contains(&key) {
+        if entry.place.is_none() && entry.begun_at.is_none() {
+            entry.begun_at = Some(now);
             self.opening.push_back(key);
+            self.time(key);
             self.wake_driver();
         }
     }
@@ -334,7 +363,7 @@ impl State {
         match entry.outcome() {
             Outcome::Open => {
                 keep(&mut entry.reader, cx);
-                self.begin(key);
+                self.begin(key, now);
                 Poll::Pending
             }
             Outcome::End => Poll::Ready(Ok(None)),
@@ -353,10 +382,13 @@ impl State {
         let Some(entry) = self.connections.get_mut(key) else {
             return;
         };
-        if entry.ours != Ours::Open || entry.place.is_none() {
+        if entry.ours != Ours::Open {
             return;
         }
-        if entry.awaiting {
+        if entry.place.is_none() {
+            // It follows the opening.
+            entry.ours = Ours::FinWanted;
+        } else if entry.awaiting {
             entry.ours = Ours::Held(now);
             self.time(key);
         } else {

@@ -59,7 +59,11 @@ impl State {
             self.asked_at = self.asked_at.map(|_| now);
             self.probe(now);
         }
-        for key in mem::take(&mut self.timed) {
+        // A key that was used again may stand there twice.
+        let mut timed = mem::take(&mut self.timed);
+        timed.sort_unstable();
+        timed.dedup();
+        for key in timed {
             self.tick_connection(key, now);
         }
         if let Some((slow, since)) = self.paused
@@ -80,6 +84,13 @@ impl State {
         self.check_alive(now);
     }
 
+    /// Notes that the server has taken bytes after it had taken none for a moment. That is no answer, but none can be expected
+    /// to what still waits behind them.
+    pub(in crate::k8s::portforward::spdy) fn taken(&mut self, now: Instant) {
+        self.asked_at = self.asked_at.map(|_| now);
+        self.probed_at = self.probed_at.map(|_| now);
+    }
+
     /// Looks at one connection that waits for a time, and keeps it on the list if it still does.
     fn tick_connection(&mut self, key: usize, now: Instant) {
         let paused = self.paused.is_some();
@@ -88,7 +99,10 @@ impl State {
         };
         entry.timed = false;
         // What was not read cannot be missed.
-        let mut waits = entry.ended_at.is_some() && (paused || entry.settle(self.resumed_at, now));
+        let mut waits = entry.ended_at.is_some() && (paused || entry.settle(self.resumed_at, self.heard_at));
+        if waits {
+            self.asked_at.get_or_insert(now);
+        }
         if entry.is_settled() {
             self.woken.extend(entry.reader.take());
             self.woken.extend(entry.writer.take());
@@ -115,6 +129,23 @@ impl State {
                     "the container runtime did not take the connection",
                 );
                 self.want(key, Ours::ResetWanted);
+                self.retired = true;
+            }
+        }
+        let Some(entry) = self.connections.get(key) else {
+            return;
+        };
+        if let Some(since) = entry.begun_at
+            && entry.place.is_none()
+            && entry.failure.is_none()
+        {
+            waits = true;
+            if !paused && now.duration_since(since.max(self.resumed_at)) >= REPLY {
+                self.fail(
+                    key,
+                    io::ErrorKind::NotConnected,
+                    "no worker of the container runtime takes the connection",
+                );
                 self.retired = true;
             }
         }

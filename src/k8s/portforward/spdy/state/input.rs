@@ -1,5 +1,7 @@
 //! What the bytes from the peer mean.
 
+use std::mem;
+
 use tokio::time::Instant;
 
 use crate::k8s::portforward::cause;
@@ -30,9 +32,10 @@ impl State {
         Ok(())
     }
 
-    /// Tells whether the session is to be read.
-    pub(in crate::k8s::portforward::spdy) fn is_reading(&self) -> bool {
-        self.paused.is_none()
+    /// Tells the session's task whether to read.
+    pub(in crate::k8s::portforward::spdy) fn is_reading(&mut self) -> bool {
+        self.passed_over = self.paused.is_some();
+        !self.passed_over
     }
 
     fn handle(&mut self, event: &Event<'_>, now: Instant) {
@@ -57,7 +60,10 @@ impl State {
             },
             Event::Ping { id } => self.workers.pong(id, now),
             // Opens after this are silently ignored by the peer.
-            Event::GoAway => self.retired = true,
+            Event::GoAway => {
+                self.retired = true;
+                self.refuse("the server takes no more connections on this port-forward");
+            }
         }
     }
 
@@ -105,7 +111,9 @@ impl State {
         if !payload.is_empty() {
             if !entry.heard {
                 entry.heard = true;
-                entry.hold = false;
+                if mem::take(&mut entry.hold) {
+                    self.woken.extend(entry.writer.take());
+                }
                 self.ports.note(entry.port, Behaviour::Accepts, now);
             }
             entry.awaiting = false;

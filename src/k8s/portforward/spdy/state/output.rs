@@ -67,7 +67,7 @@ impl State {
             return Poll::Ready(Ok(0));
         }
         if entry.place.is_none() {
-            self.begin(key);
+            self.begin(key, now);
             self.place_waiting(now);
         }
         let shared = self.is_shared();
@@ -160,7 +160,7 @@ impl State {
             let waits = self
                 .connections
                 .get(key)
-                .is_some_and(|entry| entry.place.is_none());
+                .is_some_and(|entry| entry.place.is_none() && entry.failure.is_none());
             if waits && !self.place(key, now) {
                 break;
             }
@@ -201,6 +201,9 @@ impl State {
             // Should the port refuse, the harm stays with this connection.
             None => self.live[class] > 0,
         };
+        if entry.ours == Ours::FinWanted {
+            self.ending.push_back(key);
+        }
         self.by_id.insert(id, key);
         self.unplaced -= 1;
         self.live[class] += 1;

@@ -1,3 +1,6 @@
+mod ends;
+mod wakes;
+
 use super::*;
 use std::task::Waker;
 
@@ -158,7 +161,7 @@ impl Scene {
         let end = self.now + time;
         loop {
             let due = self.state.deadline(self.now).max(self.now);
-            if due > end {
+            if due > end || self.state.ended().is_some() {
                 break;
             }
             self.now = due;
