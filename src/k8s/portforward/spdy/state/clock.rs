@@ -33,6 +33,9 @@ const ACTIVE: Duration = Duration::from_secs(2);
 const ANSWER: Duration = Duration::from_secs(10);
 const ACTIVE_ANSWER: Duration = Duration::from_secs(4);
 
+/// Why a session ends that no sign of life has come from.
+pub(in crate::k8s::portforward) const SILENT: &str = "the server does not answer any more";
+
 impl State {
     /// Returns when [`State::tick`] is to be called next.
     pub(in crate::k8s::portforward::spdy) fn deadline(&mut self, now: Instant) -> Instant {
@@ -163,7 +166,7 @@ impl State {
             ANSWER
         };
         match self.probed_at {
-            Some(at) if now.duration_since(at) >= answer => self.end("the server does not answer any more"),
+            Some(at) if now.duration_since(at) >= answer => self.end(SILENT),
             Some(_) => {}
             None => {
                 let silent = now.duration_since(self.heard_at);
