@@ -12,6 +12,12 @@ use crate::k8s::portforward::spdy::state::State;
 /// How long neighbours are held up for a reader that takes nothing at all.
 const HELD_UP: Duration = Duration::from_secs(5);
 
+/// How long payload may wait before its worker is asked whether it was handed over.
+const UNHANDED: Duration = Duration::from_secs(1);
+
+/// Payload that the socket of every application takes, whether or not the application reads.
+const SWALLOWED: usize = 64 << 10;
+
 /// How long a runtime may take to take a new stream, before the session counts as broken for newcomers.
 const REPLY: Duration = Duration::from_secs(3);
 
@@ -113,6 +119,7 @@ impl State {
                 self.retired = true;
             }
         }
+        waits |= !paused && self.is_held_up(key, now);
         let Some(entry) = self.connections.get(key) else {
             return;
         };
@@ -144,6 +151,46 @@ impl State {
             self.time(key);
         }
         self.forget(key);
+    }
+
+    /// Sees to payload that may wait behind that of a connection whose application does not read. Its own connection is given
+    /// up in the end, since their worker may stand still for as long as the other application likes. Returns whether it is
+    /// still to be seen to.
+    fn is_held_up(&mut self, key: usize, now: Instant) -> bool {
+        let blocked = self.blocked.contains(&key);
+        let Some(entry) = self.connections.get_mut(key) else {
+            return false;
+        };
+        let (Some(place), Some(since)) = (entry.place, entry.unhanded) else {
+            return false;
+        };
+        let over = entry.detached.is_some() || entry.ended_at.is_some() || entry.failure.is_some();
+        let handed = !blocked && self.workers.is_handed(place.class, entry.last_payload);
+        // With more than that, it may be its own application that does not read.
+        if over || handed || entry.unheard > SWALLOWED {
+            entry.unhanded = None;
+            return false;
+        }
+        let waited = now.duration_since(since.max(self.resumed_at));
+        if waited < HELD_UP || !self.workers.is_stuck(place.class, now) {
+            if waited >= UNHANDED && !self.workers.is_suspect(place.class) {
+                self.workers.suspect(place.class);
+            }
+            return true;
+        }
+        // Nothing of what an application has not answered yet can have reached it if none was sent.
+        let kind = if entry.unheard == 0 {
+            io::ErrorKind::NotConnected
+        } else {
+            io::ErrorKind::ConnectionAborted
+        };
+        self.fail(
+            key,
+            kind,
+            "it was held up by a connection whose application does not read",
+        );
+        self.want(key, Ours::ResetWanted);
+        false
     }
 
     fn fail(&mut self, key: usize, kind: io::ErrorKind, text: &str) {
