@@ -103,15 +103,35 @@ impl PortForward {
         };
         match pool.connect(target.port).await? {
             Way::Stream(stream) => Ok(Box::new(stream)),
-            Way::Single => {
-                let opened = channel::open(self.dialer.client.clone(), target, self.dialer.timeout).await;
-                match &opened {
-                    Ok(_) => self.dialer.carriers.note(Carrier::Channel),
-                    // The other forms may have failed for the same reason, which may pass or be this pod's alone.
-                    Err(_) => pool.doubt_single(),
+            Way::Single(refused) => {
+                let opened = self.open_single(target, refused).await;
+                if !self.dialer.carriers.works(Carrier::Channel) {
+                    pool.reconsider();
                 }
                 opened
             }
+        }
+    }
+
+    /// Opens a connection of its own. `refused`: why no better form is used, if that was found out for this pod.
+    async fn open_single(
+        &self,
+        target: &Target,
+        refused: Option<ConnectError>,
+    ) -> Result<BoxStream, ConnectError> {
+        let carriers = &self.dialer.carriers;
+        let opened = channel::open(self.dialer.client.clone(), target, self.dialer.timeout).await;
+        match opened {
+            Ok(stream) => {
+                carriers.note(Carrier::Channel);
+                Ok(stream)
+            }
+            Err(error @ ConnectError::Forbidden(_)) => {
+                // The right to one of the better forms may come later, and is the one to be told of.
+                carriers.forget();
+                Err(carriers.wanted().explain(refused.unwrap_or(error)))
+            }
+            Err(error) => Err(error),
         }
     }
 }
@@ -156,8 +176,9 @@ impl fmt::Debug for Dialer {
 enum Dialed {
     /// A session.
     Session(Session),
-    /// The cluster's port-forwards carry one connection each.
-    Single,
+    /// What is left is one port-forward for each connection, and why, if that was just found out. It has not been proven to
+    /// work.
+    Single(Option<ConnectError>),
 }
 
 impl Dialer {
@@ -166,14 +187,16 @@ impl Dialer {
         let _permit = self.permits.acquire().await;
         let mut first = None;
         for carrier in self.carriers.order() {
+            if carrier == Carrier::Channel {
+                return Ok(Dialed::Single(first));
+            }
             match self.dial_as(carrier, pod, ports).await {
-                Ok(dialed) => {
-                    // Nothing has been asked yet for a single connection.
-                    if matches!(dialed, Dialed::Session(_)) && !self.carriers.works(carrier) {
+                Ok(session) => {
+                    if !self.carriers.works(carrier) {
                         debug!(?carrier, "port-forwards work");
                         self.carriers.note(carrier);
                     }
-                    return Ok(dialed);
+                    return Ok(Dialed::Session(session));
                 }
                 Err(Refusal { error, form: false }) => return Err(first.unwrap_or(error)),
                 Err(Refusal { error, form: true }) => {
@@ -182,13 +205,11 @@ impl Dialer {
                 }
             }
         }
-        Err(first.unwrap_or_else(|| ConnectError::Unavailable("no form of port-forward is allowed".into())))
+        let none = || ConnectError::Unavailable("no form of port-forward is allowed".into());
+        Err(self.carriers.wanted().explain(first.unwrap_or_else(none)))
     }
 
-    async fn dial_as(&self, carrier: Carrier, pod: &PodRef, ports: &Arc<Ports>) -> Result<Dialed, Refusal> {
-        if carrier == Carrier::Channel {
-            return Ok(Dialed::Single);
-        }
+    async fn dial_as(&self, carrier: Carrier, pod: &PodRef, ports: &Arc<Ports>) -> Result<Session, Refusal> {
         let io = carrier::upgrade(&self.client, carrier, pod, self.timeout).await?;
         let session = match carrier {
             Carrier::Tunnel => Session::start(tunnel::Tunnel::new(io), ports.clone(), &self.drain),
@@ -197,7 +218,7 @@ impl Dialer {
         if !self.carriers.works(carrier) {
             prove(&session).await?;
         }
-        Ok(Dialed::Session(session))
+        Ok(session)
     }
 }
 

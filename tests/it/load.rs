@@ -28,17 +28,17 @@ use crate::client::{Client, fetch, get};
 use crate::program::{Lines, Running, address, kubeconfig, path, program};
 
 /// The real binary in front of a cluster, with nothing else in its process.
-struct Scene {
-    address: SocketAddr,
+pub(crate) struct Scene {
+    pub(crate) address: SocketAddr,
     running: Running,
     folder: tempfile::TempDir,
     web: Workload,
     _kubeconfig: tempfile::NamedTempFile,
-    cluster: FakeCluster,
+    pub(crate) cluster: FakeCluster,
 }
 
 impl Scene {
-    async fn start(flags: &[&str]) -> Self {
+    pub(crate) async fn start(flags: &[&str]) -> Self {
         let cluster = FakeCluster::start().await.unwrap();
         let web = web(&cluster, 1);
         let folder = tempfile::tempdir().unwrap();
@@ -67,7 +67,7 @@ impl Scene {
     }
 
     /// Bytes of memory that the program has.
-    fn memory(&self) -> u64 {
+    pub(crate) fn memory(&self) -> u64 {
         let file = format!("/proc/{}/status", self.running.0.id());
         let status = std::fs::read_to_string(file).unwrap();
         let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
@@ -146,7 +146,7 @@ async fn once<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S) -> S {
 }
 
 /// Runs `count` clients, so many at a time, and keeps what they return.
-async fn many<T: Send + 'static, F>(count: u64, client: impl Fn(u64) -> F) -> Vec<T>
+pub(crate) async fn many<T: Send + 'static, F>(count: u64, client: impl Fn(u64) -> F) -> Vec<T>
 where
     F: Future<Output = T> + Send + 'static,
 {

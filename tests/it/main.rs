@@ -28,4 +28,5 @@ mod program;
 #[cfg(target_os = "linux")]
 mod sudo;
 mod tls;
+mod transport;
 mod upgrade;

@@ -2,7 +2,7 @@
 //! works is found out and remembered.
 
 use std::str::FromStr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -57,6 +57,22 @@ impl Carriers {
     /// The values of the setting, as they are written.
     pub const NAMES: &[&str] = &["auto", "spdy", "tunnel", "channel"];
 
+    /// Adds to a form's refusal that the user wants no other one.
+    pub(super) fn explain(self, refusal: ConnectError) -> ConnectError {
+        let name = match self {
+            Self::Auto => return refusal,
+            Self::Spdy => "spdy",
+            Self::Tunnel => "tunnel",
+            Self::Channel => "channel",
+        };
+        let explained = |message| format!("{message} (port-forward={name} allows no other form)");
+        match refusal {
+            ConnectError::Forbidden(message) => ConnectError::Forbidden(explained(message)),
+            ConnectError::Unavailable(message) => ConnectError::Unavailable(explained(message)),
+            other => other,
+        }
+    }
+
     fn order(self) -> &'static [Carrier] {
         match self {
             Self::Auto => &[Carrier::Spdy, Carrier::Tunnel, Carrier::Channel],
@@ -90,37 +106,67 @@ impl FromStr for Carriers {
 #[derive(Debug)]
 pub(super) struct Memory {
     wanted: Carriers,
-    works: Mutex<Option<Carrier>>,
+    known: Mutex<Option<Known>>,
+}
+
+/// The form that worked last.
+#[derive(Debug, Clone, Copy)]
+struct Known {
+    carrier: Carrier,
+    /// Whether nothing has spoken against it since.
+    sure: bool,
 }
 
 impl Memory {
     pub(super) fn new(wanted: Carriers) -> Self {
         Self {
             wanted,
-            works: Mutex::new(None),
+            known: Mutex::new(None),
         }
+    }
+
+    /// Returns what the user wants.
+    pub(super) fn wanted(&self) -> Carriers {
+        self.wanted
     }
 
     /// Returns the forms to try, the one that worked last before the others.
     pub(super) fn order(&self) -> Vec<Carrier> {
-        let works = *self.works.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = self.lock().map(|known| known.carrier);
         let rest = self
             .wanted
             .order()
             .iter()
             .copied()
-            .filter(|&carrier| Some(carrier) != works);
-        works.into_iter().chain(rest).collect()
+            .filter(|&carrier| Some(carrier) != last);
+        last.into_iter().chain(rest).collect()
     }
 
-    /// Tells whether a form has worked.
+    /// Tells whether a form is sure to work.
     pub(super) fn works(&self, carrier: Carrier) -> bool {
-        *self.works.lock().unwrap_or_else(PoisonError::into_inner) == Some(carrier)
+        self.lock()
+            .is_some_and(|known| known.carrier == carrier && known.sure)
     }
 
     /// Remembers that a form works.
     pub(super) fn note(&self, carrier: Carrier) {
-        *self.works.lock().unwrap_or_else(PoisonError::into_inner) = Some(carrier);
+        *self.lock() = Some(Known { carrier, sure: true });
+    }
+
+    /// Has the form that worked last prove itself again: the way to the server may be another one now.
+    pub(super) fn doubt(&self) {
+        if let Some(known) = &mut *self.lock() {
+            known.sure = false;
+        }
+    }
+
+    /// Begins again with the best form.
+    pub(super) fn forget(&self) {
+        *self.lock() = None;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Known>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

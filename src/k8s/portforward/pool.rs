@@ -10,7 +10,7 @@ use tracing::debug;
 use crate::drain::Drain;
 use crate::k8s::portforward::placement::place;
 use crate::k8s::portforward::ports::Ports;
-use crate::k8s::portforward::spdy::{Phase, PodStream, Session};
+use crate::k8s::portforward::spdy::{Phase, PodStream, SILENT, Session};
 use crate::k8s::portforward::{Dialed, Dialer};
 use crate::registry::PodRef;
 use crate::transport::ConnectError;
@@ -28,9 +28,13 @@ const SURPLUS: Duration = Duration::from_mins(1);
 pub(super) enum Way {
     /// A stream on a session.
     Stream(PodStream),
-    /// This cluster's port-forwards carry one connection each.
-    Single,
+    /// A port-forward of its own is to be opened, since better forms were refused, for this reason if it is known.
+    Single(Option<ConnectError>),
 }
+
+/// Why connections get port-forwards of their own, if it was this pod that it was found out with.
+#[derive(Debug)]
+struct Single(Option<ConnectError>);
 
 /// The sessions to one pod.
 #[derive(Debug)]
@@ -53,8 +57,8 @@ struct Inner {
     failures: u32,
     paused_until: Instant,
     used_at: Instant,
-    /// Whether the cluster turned out to carry one connection at a time.
-    single: bool,
+    /// Whether the cluster turned out to carry one connection at a time, and why.
+    single: Option<Single>,
 }
 
 impl Pool {
@@ -72,7 +76,7 @@ impl Pool {
                 failures: 0,
                 paused_until: now,
                 used_at: now,
-                single: false,
+                single: None,
             }),
         }
     }
@@ -82,8 +86,8 @@ impl Pool {
         loop {
             let waiting = {
                 let mut inner = self.lock();
-                if inner.single {
-                    return Ok(Way::Single);
+                if let Some(Single(refused)) = &inner.single {
+                    return Ok(Way::Single(refused.clone()));
                 }
                 let now = Instant::now();
                 inner.used_at = now;
@@ -106,9 +110,9 @@ impl Pool {
         }
     }
 
-    /// Has the next connection find out again whether the cluster's port-forwards carry one connection each.
-    pub(super) fn doubt_single(&self) {
-        self.lock().single = false;
+    /// Finds out again how connections get to the pod.
+    pub(super) fn reconsider(&self) {
+        self.lock().single = None;
     }
 
     fn dial(self: &Arc<Self>, inner: &mut Inner) {
@@ -193,8 +197,8 @@ impl Dialing {
                 inner.sessions.push(session);
                 Ok(())
             }
-            Ok(Dialed::Single) => {
-                inner.single = true;
+            Ok(Dialed::Single(refused)) => {
+                inner.single = Some(Single(refused));
                 Ok(())
             }
             Err(error) => {
@@ -233,7 +237,7 @@ impl Drop for Dialing {
 impl Pool {
     /// Notes in the log when a session ends.
     fn watch(&self, session: &Session) {
-        let (mut phase, pod) = (session.phase(), self.pod.clone());
+        let (mut phase, pod, dialer) = (session.phase(), self.pod.clone(), self.dialer.clone());
         debug!(pod = %self.pod, "port-forward opened");
         self.drain.spawn(async move {
             let ended = phase.wait_for(|phase| matches!(phase, Phase::Ended(_))).await;
@@ -241,6 +245,9 @@ impl Pool {
                 && let Phase::Ended(reason) = &*ended
             {
                 debug!(%pod, %reason, "port-forward ended");
+                if **reason == *SILENT {
+                    dialer.carriers.doubt();
+                }
             }
         });
     }

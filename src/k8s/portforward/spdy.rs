@@ -24,8 +24,8 @@ use tokio::time::Instant;
 use crate::drain::Drain;
 use crate::k8s::portforward::ports::Ports;
 use driver::Driver;
-pub(super) use state::Load;
 use state::State;
+pub(super) use state::{Load, SILENT};
 pub(super) use stream::PodStream;
 
 /// How a session stands.

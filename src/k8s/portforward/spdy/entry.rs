@@ -124,6 +124,10 @@ pub(super) struct Entry {
     pub(super) last_payload: u64,
     /// Whether the last payload went to the pod.
     pub(super) awaiting: bool,
+    /// How much payload went to the pod since it last spoke.
+    pub(super) unheard: usize,
+    /// Since when payload has been waiting to be handed over.
+    pub(super) unhanded: Option<Instant>,
     /// Whether the pod has sent anything.
     pub(super) heard: bool,
     /// Payload moved lately, and since when.

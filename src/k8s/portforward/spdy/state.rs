@@ -18,6 +18,8 @@ use slab::Slab;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
+pub(in crate::k8s::portforward) use clock::SILENT;
+
 use crate::k8s::portforward::ports::Ports;
 use crate::k8s::portforward::spdy::chunks::{Chunk, Spare};
 use crate::k8s::portforward::spdy::entry::{Entry, Half, Ours, Outcome};

@@ -12,6 +12,12 @@ use crate::k8s::portforward::spdy::state::State;
 /// How long neighbours are held up for a reader that takes nothing at all.
 const HELD_UP: Duration = Duration::from_secs(5);
 
+/// How long payload may wait before its worker is asked whether it was handed over.
+const UNHANDED: Duration = Duration::from_secs(1);
+
+/// Payload that the socket of every application takes, whether or not the application reads.
+const SWALLOWED: usize = 64 << 10;
+
 /// How long a runtime may take to take a new stream, before the session counts as broken for newcomers.
 const REPLY: Duration = Duration::from_secs(3);
 
@@ -35,6 +41,8 @@ const ACTIVE_ANSWER: Duration = Duration::from_secs(4);
 
 /// A tick that comes later than this was held up by more than a busy machine: the machine slept.
 const JUMP: Duration = Duration::from_secs(2);
+/// Why a session ends that no sign of life has come from.
+pub(in crate::k8s::portforward) const SILENT: &str = "the server does not answer any more";
 
 impl State {
     /// Returns when [`State::tick`] is to be called next.
@@ -132,6 +140,7 @@ impl State {
                 self.retired = true;
             }
         }
+        waits |= !paused && self.is_held_up(key, now);
         let Some(entry) = self.connections.get(key) else {
             return;
         };
@@ -182,6 +191,46 @@ impl State {
         self.forget(key);
     }
 
+    /// Sees to payload that may wait behind that of a connection whose application does not read. Its own connection is given
+    /// up in the end, since their worker may stand still for as long as the other application likes. Returns whether it is
+    /// still to be seen to.
+    fn is_held_up(&mut self, key: usize, now: Instant) -> bool {
+        let blocked = self.blocked.contains(&key);
+        let Some(entry) = self.connections.get_mut(key) else {
+            return false;
+        };
+        let (Some(place), Some(since)) = (entry.place, entry.unhanded) else {
+            return false;
+        };
+        let over = entry.detached.is_some() || entry.ended_at.is_some() || entry.failure.is_some();
+        let handed = !blocked && self.workers.is_handed(place.class, entry.last_payload);
+        // With more than that, it may be its own application that does not read.
+        if over || handed || entry.unheard > SWALLOWED {
+            entry.unhanded = None;
+            return false;
+        }
+        let waited = now.duration_since(since.max(self.resumed_at));
+        if waited < HELD_UP || !self.workers.is_stuck(place.class, now) {
+            if waited >= UNHANDED && !self.workers.is_suspect(place.class) {
+                self.workers.suspect(place.class);
+            }
+            return true;
+        }
+        // Nothing of what an application has not answered yet can have reached it if none was sent.
+        let kind = if entry.unheard == 0 {
+            io::ErrorKind::NotConnected
+        } else {
+            io::ErrorKind::ConnectionAborted
+        };
+        self.fail(
+            key,
+            kind,
+            "it was held up by a connection whose application does not read",
+        );
+        self.want(key, Ours::ResetWanted);
+        false
+    }
+
     fn fail(&mut self, key: usize, kind: io::ErrorKind, text: &str) {
         if let Some(entry) = self.connections.get_mut(key) {
             entry.failure.get_or_insert((kind, text.into()));
@@ -202,7 +251,7 @@ impl State {
             ANSWER
         };
         match self.probed_at {
-            Some(at) if now.duration_since(at) >= answer => self.end("the server does not answer any more"),
+            Some(at) if now.duration_since(at) >= answer => self.end(SILENT),
             Some(_) => {}
             None => {
                 let silent = now.duration_since(self.heard_at);

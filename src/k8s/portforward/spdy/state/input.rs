@@ -117,6 +117,7 @@ impl State {
                 self.ports.note(entry.port, Behaviour::Accepts, now);
             }
             entry.awaiting = false;
+            (entry.unheard, entry.unhanded) = (0, None);
             if let Ours::Held(since) = &mut entry.ours {
                 *since = now;
             }

@@ -82,6 +82,10 @@ impl State {
         }
         let room = most.saturating_sub(entry.batch.1);
         if room == 0 || self.out.len() >= MAX_BATCH || !self.workers.credit(place.class, shared) {
+            if shared {
+                entry.unhanded.get_or_insert(now);
+                self.time(key);
+            }
             return self.wait(key, true, cx);
         }
         let sent = length.min(room);
@@ -89,7 +93,12 @@ impl State {
         entry.batch.1 += sent;
         entry.first_batch.get_or_insert(self.batch);
         entry.awaiting = true;
+        entry.unheard += sent;
         entry.last_payload = self.workers.sent(place.class);
+        if shared {
+            entry.unhanded.get_or_insert(now);
+            self.time(key);
+        }
         self.asked_at.get_or_insert(now);
         self.moved(key, sent, now);
         self.wake_driver();

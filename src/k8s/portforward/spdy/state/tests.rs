@@ -263,6 +263,49 @@ fn an_application_that_does_not_read_stops_its_writer_and_nobody_else() {
 }
 
 #[test]
+fn what_waits_behind_an_application_that_does_not_read_is_given_up_in_the_end() {
+    let mut scene = Scene::new();
+    let keys: Vec<usize> = (0..12).map(|_| scene.open(80)).collect();
+    for &key in &keys {
+        scene.read(key);
+        scene.written();
+        scene.reply(key);
+        scene.data(key, 1);
+    }
+    // Two of each worker at least, and three of this one's.
+    let stalled = keys[10];
+    let stuck = scene.id(stalled) % 5;
+    let behind: Vec<usize> = keys
+        .iter()
+        .copied()
+        .filter(|&key| key != stalled && scene.id(key) % 5 == stuck)
+        .collect();
+    scene.flood(stalled);
+    assert!(scene.write(behind[0], 1).is_none());
+    let neighbour = keys
+        .iter()
+        .copied()
+        .find(|&key| scene.id(key) % 5 != stuck)
+        .unwrap();
+    for _ in 0..300 {
+        scene.answer_pings_but(Some(stuck));
+        scene.pass(Duration::from_millis(20));
+        scene.data(neighbour, 1);
+        scene.read(neighbour);
+    }
+    assert_eq!(kind(scene.write(behind[0], 1)), io::ErrorKind::NotConnected);
+    scene.read(behind[1]);
+    assert!(
+        scene.read(behind[1]).is_none(),
+        "one that sends nothing is not held up"
+    );
+    assert!(
+        scene.write(stalled, 1).is_none(),
+        "the application has all the time it wants"
+    );
+}
+
+#[test]
 fn a_writer_goes_on_when_the_pod_has_taken_its_bytes() {
     let mut scene = Scene::new();
     let key = scene.open(80);
