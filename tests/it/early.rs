@@ -243,7 +243,10 @@ async fn a_day_passes(cluster: &FakeCluster) {
         tokio::time::advance(Duration::from_hours(3)).await;
         tokio::time::resume();
         // The port-forward asks for a sign of life, which keeps the runtime from ending it after four silent hours.
-        cluster.forwards().until(|counts| counts.syn_streams > before).await;
+        cluster
+            .forwards()
+            .until(|counts| counts.syn_streams > before)
+            .await;
     }
 }
 

@@ -189,7 +189,12 @@ impl Entry {
         }
         if !self.text.is_empty() {
             let text = String::from_utf8_lossy(&self.text);
-            return Outcome::Failed(cause::kind(&text), one_line(&text).into());
+            let kind = match cause::kind(&text) {
+                // Whoever has answered had not refused, whatever the text says.
+                io::ErrorKind::ConnectionRefused if self.heard => io::ErrorKind::ConnectionAborted,
+                kind => kind,
+            };
+            return Outcome::Failed(kind, one_line(&text).into());
         }
         if self.data == Half::Reset || self.error == Half::Reset {
             return Outcome::Failed(
@@ -247,6 +252,16 @@ mod tests {
         assert_eq!(kind(&reset_without_text), Some(io::ErrorKind::ConnectionReset));
         let both_reset = ended(Half::Reset, Half::Reset, b"", now);
         assert_eq!(kind(&both_reset), Some(io::ErrorKind::ConnectionReset));
+    }
+
+    #[test]
+    fn a_port_that_has_answered_did_not_refuse() {
+        let mut entry = ended(Half::Fin, Half::Fin, TEXT, Instant::now());
+        entry.heard = true;
+        let Outcome::Failed(kind, _) = entry.outcome() else {
+            panic!("{:?}", entry.outcome());
+        };
+        assert_eq!(kind, io::ErrorKind::ConnectionAborted);
     }
 
     #[test]
