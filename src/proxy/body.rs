@@ -29,6 +29,8 @@ pub(crate) struct ClientBody {
     front: Option<Arc<Front>>,
     /// Whether the client was told to send it, or sends it without a word.
     asked: bool,
+    /// Whether it has been read to its end.
+    read: bool,
 }
 
 impl ClientBody {
@@ -39,6 +41,7 @@ impl ClientBody {
             body,
             front,
             asked: !expected,
+            read: false,
         }
     }
 }
@@ -53,10 +56,13 @@ impl Body for ClientBody {
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         self.asked = true;
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
-        if let Some(front) = &self.front
-            && (frame.is_none() || self.body.is_end_stream())
-        {
-            front.body_read();
+        // Nothing follows trailers, and nobody has to ask whether anything does.
+        let last = matches!(&frame, Some(Ok(frame)) if frame.is_trailers());
+        if last || frame.is_none() || self.body.is_end_stream() {
+            self.read = true;
+            if let Some(front) = &self.front {
+                front.body_read();
+            }
         }
         Poll::Ready(frame)
     }
@@ -76,16 +82,21 @@ impl Drop for ClientBody {
         // What has arrived already is taken, so that a short body does not cost the connection.
         let mut cx = Context::from_waker(Waker::noop());
         for _ in 0..LEFTOVERS {
-            if self.is_end_stream() {
+            if self.read || self.is_end_stream() {
                 return;
             }
-            let ready =
-                self.asked && matches!(Pin::new(&mut *self).poll_frame(&mut cx), Poll::Ready(Some(Ok(_))));
+            let ready = self.asked
+                && matches!(
+                    Pin::new(&mut *self).poll_frame(&mut cx),
+                    Poll::Ready(None | Some(Ok(_)))
+                );
             if !ready {
                 break;
             }
         }
-        front.abandon_body();
+        if !self.read {
+            front.abandon_body();
+        }
     }
 }
 

@@ -63,6 +63,19 @@ async fn a_pods_early_answer_is_read_by_a_client_that_sends_everything_first() {
 }
 
 #[tokio::test]
+async fn trailers_of_a_request_do_not_cost_the_connection() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let _workload = web(&cluster, 1);
+    let app = TestApp::start(&cluster).await;
+    let post = "POST /upload HTTP/1.1\r\nHost: web.shop\r\nTransfer-Encoding: chunked\r\nTrailer: x-last\r\n\r\n\
+                4\r\nbody\r\n0\r\nx-last: yes\r\n\r\n";
+    let last = "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+    let answers = raw(app.address, &format!("{post}{post}{last}")).await;
+    assert_eq!(answers.matches("HTTP/1.1 200 ").count(), 2, "{answers}");
+    assert_eq!(answers.matches("HTTP/1.1 404 ").count(), 1, "{answers}");
+}
+
+#[tokio::test]
 async fn a_short_body_that_nobody_reads_does_not_cost_the_connection() {
     let cluster = FakeCluster::start().await.unwrap();
     let app = TestApp::start(&cluster).await;
