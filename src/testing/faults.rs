@@ -34,6 +34,8 @@ struct Inner {
     upgrade_delay: Duration,
     /// Wait for the second direction of a forwarded connection.
     close_grace: Duration,
+    /// After how much silence a port-forward ends, if not as the runtime has it.
+    idle_timeout: Option<Duration>,
     /// Carriers whose upgrades are refused.
     refused_carriers: Vec<Carrier>,
     /// Carriers whose connections swallow all bytes.
@@ -91,6 +93,7 @@ impl Inner {
             api_down: false,
             upgrade_delay: Duration::ZERO,
             close_grace: CLOSE_GRACE,
+            idle_timeout: None,
             refused_carriers: Vec::new(),
             black_holes: Vec::new(),
             reply_delay: Duration::ZERO,
@@ -125,6 +128,11 @@ impl Faults {
     /// Delays the answer to upgrades only.
     pub fn set_upgrade_delay(&self, delay: Duration) {
         self.lock().upgrade_delay = delay;
+    }
+
+    /// Changes after how much silence the runtime ends a port-forward, which otherwise depends on its kind.
+    pub fn set_idle_timeout(&self, timeout: Duration) {
+        self.lock().idle_timeout = Some(timeout);
     }
 
     /// Changes how long the runtime waits for the second direction of a forwarded connection once the first has
@@ -208,6 +216,10 @@ impl Faults {
 
     pub(super) fn upgrade_delay(&self) -> Duration {
         self.lock().upgrade_delay
+    }
+
+    pub(super) fn idle_timeout(&self) -> Option<Duration> {
+        self.lock().idle_timeout
     }
 
     pub(super) fn close_grace(&self) -> Duration {

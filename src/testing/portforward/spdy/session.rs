@@ -290,7 +290,9 @@ impl Session {
 
     /// Waits until no frame has come or gone for the runtime's idle timeout.
     pub(super) async fn idle(&self) {
-        let timeout = self.pod.cluster.runtime().idle_timeout();
+        let cluster = &self.pod.cluster;
+        let timeout = cluster.faults.idle_timeout();
+        let timeout = timeout.unwrap_or_else(|| cluster.runtime().idle_timeout());
         loop {
             let end = *lock(&self.active) + timeout;
             if end <= Instant::now() {
