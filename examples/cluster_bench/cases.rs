@@ -154,7 +154,12 @@ async fn measure(kind: &Kind, running: &Running, settings: &Settings) -> Result<
                 (Measure::ProcessorPerGib, moved.processor),
             ]
         }
-        Kind::PingPong(beside) => latencies(&pingpong::run(running, beside, settings.time).await?),
+        Kind::PingPong(beside) => {
+            let load = pingpong::run(running, beside, settings.time).await?;
+            let mut figures = latencies(&load);
+            figures.push((Measure::Worst, load.percentile(1.0)));
+            figures
+        }
         Kind::Memory => {
             let (idle, open) = memory::run(running, settings.many).await?;
             vec![

@@ -8,7 +8,6 @@ use anyhow::Result;
 use futures_util::future::join_all;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
-use tokio::time::sleep;
 
 use crate::aside::Aside;
 use crate::bulk::{self, Way};
@@ -17,9 +16,6 @@ use crate::load::{Ask, Load, lines, repeat};
 
 /// The ports of the test server that a contestant carries here, in the order of [`Running::address`].
 pub(crate) const PORTS: [u16; 4] = [8080, 9000, 9002, 9004];
-
-/// Time for the neighbours to be at full speed, or stuck.
-const SETTLE: Duration = Duration::from_secs(1);
 
 /// What goes on beside.
 #[derive(Debug, Clone, Copy)]
@@ -34,7 +30,7 @@ pub(crate) enum Beside {
     StalledApp,
 }
 
-/// Measures beside something.
+/// Measures beside something, from its very beginning: what it does at first is felt, too.
 pub(crate) async fn run(running: &Running, beside: Beside, time: Duration) -> Result<Load> {
     let address = |port: u16| running.address(PORTS.iter().position(|known| *known == port).unwrap_or(0));
     // Its connection is there first, as that of somebody who is at work when the others come.
@@ -55,7 +51,6 @@ pub(crate) async fn run(running: &Running, beside: Beside, time: Duration) -> Re
             move || stall_app(to)
         })?),
     };
-    sleep(SETTLE).await;
     let load = repeat(line, time).await;
     drop(neighbour);
     Ok(load)

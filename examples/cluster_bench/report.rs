@@ -17,6 +17,8 @@ pub(crate) enum Measure {
     P50,
     /// Latency that one of a hundred exceeds.
     P99,
+    /// The longest latency: pings come one after the other, so however long a stall is, it is one latency of many.
+    Worst,
     /// Exchanges per second.
     Rate,
     /// Megabytes (10^6) per second.
@@ -40,6 +42,7 @@ impl fmt::Display for Measure {
         f.write_str(match self {
             Self::P50 => "p50, ms",
             Self::P99 => "p99, ms",
+            Self::Worst => "worst, ms",
             Self::Rate => "per second",
             Self::Bytes => "MB/s",
             Self::ProcessorPerRequests => "CPU s per 10,000",
