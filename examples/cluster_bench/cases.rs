@@ -92,6 +92,11 @@ pub(crate) const CASES: &[Case] = &[
         Kind::PingPong(Beside::StalledReaders(1)),
     ),
     case(
+        "ping-twin",
+        "ping-pong beside a stalled reader of the same age",
+        Kind::PingPong(Beside::StalledTwin),
+    ),
+    case(
         "ping-app",
         "ping-pong beside a stalled app",
         Kind::PingPong(Beside::StalledApp),

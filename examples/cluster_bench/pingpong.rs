@@ -8,6 +8,7 @@ use anyhow::Result;
 use futures_util::future::join_all;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
+use tokio::time::sleep;
 
 use crate::aside::Aside;
 use crate::bulk::{self, Way};
@@ -16,6 +17,9 @@ use crate::load::{Ask, Load, lines, repeat};
 
 /// The ports of the test server that a contestant carries here, in the order of [`Running::address`].
 pub(crate) const PORTS: [u16; 4] = [8080, 9000, 9002, 9004];
+
+/// How long the pinging connection is open before its neighbours come.
+const SETTLED: Duration = Duration::from_millis(1500);
 
 /// What goes on beside.
 #[derive(Debug, Clone, Copy)]
@@ -26,6 +30,8 @@ pub(crate) enum Beside {
     Bulk(Way),
     /// Clients that read nothing of what the pod sends without end.
     StalledReaders(usize),
+    /// One such client that connects at once after the pinging one: nothing is known of either yet.
+    StalledTwin,
     /// A program in the pod that reads nothing of what its client sends without end.
     StalledApp,
 }
@@ -35,6 +41,9 @@ pub(crate) async fn run(running: &Running, beside: Beside, time: Duration) -> Re
     let address = |port: u16| running.address(PORTS.iter().position(|known| *known == port).unwrap_or(0));
     // Its connection is there first, as that of somebody who is at work when the others come.
     let line = lines(address(9000), &Ask::echo(16, true), 1).await?;
+    if !matches!(beside, Beside::StalledTwin) {
+        sleep(SETTLED).await;
+    }
     let neighbour = match beside {
         Beside::Quiet => None,
         Beside::Bulk(way) => {
@@ -42,8 +51,13 @@ pub(crate) async fn run(running: &Running, beside: Beside, time: Duration) -> Re
             let work = move || async move { drop(bulk::stream(to, &host, way, &Cell::new(0)).await) };
             Some(Aside::start(work)?)
         }
-        Beside::StalledReaders(count) => Some(Aside::start({
+        Beside::StalledReaders(_) | Beside::StalledTwin => Some(Aside::start({
             let to = address(9004);
+            let count = if let Beside::StalledReaders(count) = beside {
+                count
+            } else {
+                1
+            };
             move || stall_readers(to, count)
         })?),
         Beside::StalledApp => Some(Aside::start({

@@ -122,6 +122,13 @@ const TARGETS: &[Target] = &[
         Times(2.0, "ping-quiet"),
     ),
     target(
+        "ping-pong beside a stalled reader of the same age, p99",
+        "ping-twin",
+        P99,
+        &[RAW],
+        Times(2.0, "ping-quiet"),
+    ),
+    target(
         "ping-pong beside a stalled app, p99",
         "ping-app",
         P99,
