@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034 # the scripts that source this file use what it sets
-# What up, down, tools, component and e2e share: names, places, and how a process is
+# What up, down, tools, component, e2e and bench share: names, places, and how a process is
 # told from another that took over its number.
 
 shopt -s inherit_errexit # a failure inside $( ) counts, too

@@ -1,0 +1,86 @@
+//! Many bytes in one direction, over HTTP: the one protocol that all contestants carry.
+
+use std::cell::Cell;
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use futures_util::future::try_join_all;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep};
+
+use crate::contestant::Running;
+
+/// More than any measurement moves.
+const ENDLESS: u64 = 1 << 44;
+
+/// Time for the streams to be opened and the buffers to fill, before anything counts.
+const RAMP: Duration = Duration::from_millis(500);
+
+/// The direction, as the client sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// A download.
+    Down,
+    /// An upload.
+    Up,
+}
+
+/// What went through.
+#[derive(Debug)]
+pub(crate) struct Moved {
+    /// Bytes per second.
+    pub(crate) rate: f64,
+    /// Processor seconds of the contestant per GiB.
+    pub(crate) processor: f64,
+}
+
+/// Moves bytes over some streams at once.
+pub(crate) async fn run(running: &Running, way: Way, streams: usize, time: Duration) -> Result<Moved> {
+    let (address, count) = (running.address(0), Cell::new(0));
+    let work = try_join_all((0..streams).map(|_| stream(address, &running.host, way, &count)));
+    let clock = async {
+        sleep(RAMP).await;
+        count.set(0);
+        let (begun, processor) = (Instant::now(), running.processor()?);
+        sleep(time).await;
+        let (bytes, seconds) = (count.get() as f64, begun.elapsed().as_secs_f64());
+        ensure!(bytes > 0.0, "nothing was moved");
+        Ok(Moved {
+            rate: bytes / seconds,
+            processor: (running.processor()? - processor) / (bytes / f64::from(1 << 30)),
+        })
+    };
+    tokio::select! {
+        ended = work => {
+            ended?;
+            Err(io::Error::from(io::ErrorKind::UnexpectedEof).into())
+        }
+        moved = clock => moved,
+    }
+}
+
+/// Moves bytes over one connection until it fails, and adds them to `count`.
+pub(crate) async fn stream(address: SocketAddr, host: &str, way: Way, count: &Cell<u64>) -> io::Result<()> {
+    let mut connection = TcpStream::connect(address).await?;
+    let request = match way {
+        Way::Down => format!("GET /bytes/{ENDLESS} HTTP/1.1\r\nHost: {host}\r\n\r\n"),
+        Way::Up => {
+            format!("POST /upload?hash=0 HTTP/1.1\r\nHost: {host}\r\nContent-Length: {ENDLESS}\r\n\r\n")
+        }
+    };
+    connection.write_all(request.as_bytes()).await?;
+    let mut buffer = vec![0; 256 * 1024];
+    loop {
+        let length = match way {
+            Way::Down => connection.read(&mut buffer).await?,
+            Way::Up => connection.write(&buffer).await?,
+        };
+        if length == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        count.set(count.get() + length as u64);
+    }
+}

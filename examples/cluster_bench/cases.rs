@@ -1,0 +1,215 @@
+//! What is measured.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use crate::bulk::{self, Way};
+use crate::contestant::{Contestant, Running};
+use crate::delay::Delayed;
+use crate::load::{Ask, Load, lines, repeat};
+use crate::pingpong::{self, Beside};
+use crate::report::{Figures, Measure};
+use crate::{Settings, memory};
+
+/// One case, in all rounds and with all contestants.
+#[derive(Debug)]
+pub(crate) struct Case {
+    /// What `--cases` chooses by.
+    pub(crate) name: &'static str,
+    /// What the tables say.
+    pub(crate) what: &'static str,
+    pub(crate) kind: Kind,
+}
+
+/// What a case does.
+#[derive(Debug)]
+pub(crate) enum Kind {
+    /// Small GETs on that many connections.
+    Get(usize),
+    /// Small GETs, each over a new connection, that many at a time.
+    GetNew(usize),
+    /// One byte there and back over a new connection, that many at a time.
+    Connect(usize),
+    /// A small GET over a new connection, one at a time, the API server that many milliseconds away.
+    FirstByte(u64),
+    /// Many bytes over that many streams.
+    Bulk(Way, usize),
+    /// 16 bytes there and back beside something else.
+    PingPong(Beside),
+    Memory,
+    Recovery,
+}
+
+const fn case(name: &'static str, what: &'static str, kind: Kind) -> Case {
+    Case { name, what, kind }
+}
+
+/// All cases, in the order of the tables.
+pub(crate) const CASES: &[Case] = &[
+    case("get-1", "GET, 1 connection", Kind::Get(1)),
+    case("get-16", "GET, 16 connections", Kind::Get(16)),
+    case("get-256", "GET, 256 connections", Kind::Get(256)),
+    case(
+        "get-new",
+        "GET, a new connection each, 8 at a time",
+        Kind::GetNew(8),
+    ),
+    case(
+        "connect",
+        "TCP, connect and echo 1 byte, 8 at a time",
+        Kind::Connect(8),
+    ),
+    case("first-byte-0", "connect to first byte, +0 ms", Kind::FirstByte(0)),
+    case(
+        "first-byte-20",
+        "connect to first byte, +20 ms",
+        Kind::FirstByte(20),
+    ),
+    case(
+        "first-byte-100",
+        "connect to first byte, +100 ms",
+        Kind::FirstByte(100),
+    ),
+    case("down-1", "download, 1 stream", Kind::Bulk(Way::Down, 1)),
+    case("down-8", "download, 8 streams", Kind::Bulk(Way::Down, 8)),
+    case("up-1", "upload, 1 stream", Kind::Bulk(Way::Up, 1)),
+    case("up-8", "upload, 8 streams", Kind::Bulk(Way::Up, 8)),
+    case("ping-quiet", "ping-pong, quiet", Kind::PingPong(Beside::Quiet)),
+    case(
+        "ping-down",
+        "ping-pong beside a download",
+        Kind::PingPong(Beside::Bulk(Way::Down)),
+    ),
+    case(
+        "ping-up",
+        "ping-pong beside an upload",
+        Kind::PingPong(Beside::Bulk(Way::Up)),
+    ),
+    case(
+        "ping-reader",
+        "ping-pong beside a stalled reader",
+        Kind::PingPong(Beside::StalledReaders(1)),
+    ),
+    case(
+        "ping-twin",
+        "ping-pong beside a stalled reader of the same age",
+        Kind::PingPong(Beside::StalledTwin),
+    ),
+    case(
+        "ping-app",
+        "ping-pong beside a stalled app",
+        Kind::PingPong(Beside::StalledApp),
+    ),
+    case(
+        "ping-20-readers",
+        "ping-pong beside 20 stalled readers",
+        Kind::PingPong(Beside::StalledReaders(20)),
+    ),
+    case("memory", "memory", Kind::Memory),
+    case("recovery", "restart of the API server", Kind::Recovery),
+];
+
+/// Connections that the node can hold: each costs the container runtime two threads and four descriptors.
+const NODE_HOLDS: usize = 1000;
+
+impl Case {
+    /// Says whether a contestant can take part.
+    pub(crate) fn takes(&self, contestant: &Contestant, settings: &Settings) -> bool {
+        let proxy = matches!(contestant, Contestant::Proxy);
+        match self.kind {
+            // The proxy speaks HTTP only.
+            Kind::Connect(_) | Kind::PingPong(_) => !proxy,
+            // It is the only one that does not need a connection to the pod for each client's.
+            Kind::Memory => proxy || settings.many <= NODE_HOLDS,
+            _ => true,
+        }
+    }
+}
+
+/// Measures one case with a newly started contestant.
+pub(crate) async fn run(case: &Case, contestant: &Contestant, settings: &Settings) -> Result<Figures> {
+    let delayed = match case.kind {
+        Kind::FirstByte(milliseconds) => Some(Delayed::start(Duration::from_millis(milliseconds))?),
+        _ => None,
+    };
+    let ports: &[u16] = match case.kind {
+        Kind::PingPong(_) => &pingpong::PORTS,
+        Kind::Connect(_) => &[9000],
+        _ => &[8080],
+    };
+    let kubeconfig = delayed.as_ref().map(Delayed::kubeconfig);
+    let running = contestant
+        .start(&settings.namespace, ports, kubeconfig.as_deref())
+        .await?;
+    measure(&case.kind, &running, settings).await
+}
+
+async fn measure(kind: &Kind, running: &Running, settings: &Settings) -> Result<Figures> {
+    let host = &running.host;
+    Ok(match *kind {
+        Kind::Get(count) => exchanges(running, &Ask::get(host, true), count, settings.time, true).await?,
+        Kind::GetNew(count) => exchanges(running, &Ask::get(host, false), count, settings.time, true).await?,
+        Kind::Connect(count) => exchanges(running, &Ask::echo(1, false), count, settings.time, true).await?,
+        Kind::FirstByte(_) => exchanges(running, &Ask::get(host, false), 1, settings.time, false).await?,
+        Kind::Bulk(way, streams) => {
+            let moved = bulk::run(running, way, streams, settings.time).await?;
+            vec![
+                (Measure::Bytes, moved.rate / 1e6),
+                (Measure::ProcessorPerGib, moved.processor),
+            ]
+        }
+        Kind::PingPong(beside) => {
+            let load = pingpong::run(running, beside, settings.time).await?;
+            let mut figures = latencies(&load);
+            figures.push((Measure::Worst, load.percentile(1.0)));
+            figures
+        }
+        Kind::Memory => {
+            let (idle, open) = memory::run(running, settings.many).await?;
+            vec![
+                (Measure::MemoryIdle, idle),
+                (Measure::MemoryOpen(settings.many), open),
+            ]
+        }
+        Kind::Recovery => anyhow::bail!("all contestants recover together"),
+    })
+}
+
+async fn exchanges(
+    running: &Running,
+    ask: &Ask,
+    count: usize,
+    time: Duration,
+    rates: bool,
+) -> Result<Figures> {
+    let lines = lines(running.address(0), ask, count).await?;
+    let before = running.processor()?;
+    let load = repeat(lines, time).await;
+    let processor = running.processor()? - before;
+    ensure!(
+        load.failed * 100 <= load.answered,
+        "{} of {} exchanges failed",
+        load.failed,
+        load.answered + load.failed
+    );
+    let mut figures = latencies(&load);
+    if rates {
+        figures.push((Measure::Rate, load.rate()));
+        figures.push((
+            Measure::ProcessorPerRequests,
+            processor / load.answered as f64 * 1e4,
+        ));
+    }
+    if load.failed > 0 {
+        figures.push((Measure::Failed, load.failed as f64));
+    }
+    Ok(figures)
+}
+
+fn latencies(load: &Load) -> Figures {
+    vec![
+        (Measure::P50, load.percentile(0.5)),
+        (Measure::P99, load.percentile(0.99)),
+    ]
+}

@@ -1,0 +1,187 @@
+//! Collects figures and prints them as tables in Markdown: first what was aimed at, then all medians, ratios first.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use crate::cases::{CASES, Case};
+use crate::contestant::Contestant;
+use crate::targets;
+
+/// What one measurement found.
+pub(crate) type Figures = Vec<(Measure, f64)>;
+
+/// What is measured, in the order of the tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Measure {
+    /// Median latency.
+    P50,
+    /// Latency that one of a hundred exceeds.
+    P99,
+    /// The longest latency: pings come one after the other, so however long a stall is, it is one latency of many.
+    Worst,
+    /// Exchanges per second.
+    Rate,
+    /// Megabytes (10^6) per second.
+    Bytes,
+    /// The contestant's processor time per 10,000 exchanges.
+    ProcessorPerRequests,
+    /// The contestant's processor time per GiB.
+    ProcessorPerGib,
+    /// Resident memory at rest.
+    MemoryIdle,
+    /// Resident memory with that many open connections.
+    MemoryOpen(usize),
+    /// Time from a ready API server to the first answer.
+    Recovery,
+    /// Exchanges that failed; not shown where none did.
+    Failed,
+}
+
+impl fmt::Display for Measure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::P50 => "p50, ms",
+            Self::P99 => "p99, ms",
+            Self::Worst => "worst, ms",
+            Self::Rate => "per second",
+            Self::Bytes => "MB/s",
+            Self::ProcessorPerRequests => "CPU s per 10,000",
+            Self::ProcessorPerGib => "CPU s per GiB",
+            Self::MemoryIdle => "idle, MiB",
+            Self::MemoryOpen(count) => return write!(f, "{count} connections, MiB"),
+            Self::Recovery => "s until it answers again",
+            Self::Failed => "failed",
+        })
+    }
+}
+
+/// The figures of all rounds.
+#[derive(Debug)]
+pub(crate) struct Results {
+    contestants: Vec<Contestant>,
+    /// By case, measure and the contestant's place.
+    figures: BTreeMap<(&'static str, Measure, usize), Vec<f64>>,
+    /// What could not be measured.
+    failures: Vec<String>,
+}
+
+impl Results {
+    /// Makes an empty collection.
+    pub(crate) fn new(contestants: &[Contestant]) -> Self {
+        Self {
+            contestants: contestants.to_vec(),
+            figures: BTreeMap::new(),
+            failures: Vec::new(),
+        }
+    }
+
+    /// Adds one measurement, and says it on the way.
+    pub(crate) fn add(&mut self, case: &Case, which: usize, figures: Figures) {
+        for (measure, figure) in figures {
+            tell(&format!(
+                "  {}: {measure}: {}",
+                self.contestants[which],
+                short(figure)
+            ));
+            let key = (case.name, measure, which);
+            self.figures.entry(key).or_default().push(figure);
+        }
+    }
+
+    /// Adds a measurement that was not to be had.
+    pub(crate) fn fail(&mut self, what: String) {
+        tell(&format!("  {what}"));
+        self.failures.push(what);
+    }
+
+    /// Says whether there is nothing to show.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.figures.is_empty()
+    }
+
+    /// Returns the median of a contestant's rounds.
+    pub(crate) fn median(&self, case: &str, measure: Measure, which: usize) -> Option<f64> {
+        let mut figures = self
+            .figures
+            .iter()
+            .find(|((name, known, place), _)| *name == case && *known == measure && *place == which)
+            .map(|(_, figures)| figures.clone())?;
+        figures.sort_by(f64::total_cmp);
+        figures.get(figures.len() / 2).copied()
+    }
+
+    /// Returns a contestant's median by that of kubectl.
+    pub(crate) fn ratio(&self, case: &str, measure: Measure, which: usize) -> Option<f64> {
+        let kubectl = self.median(case, measure, self.kubectl());
+        let kubectl = kubectl.filter(|figure| figure.is_finite())?;
+        let ratio = self.median(case, measure, which)? / kubectl;
+        ratio.is_finite().then_some(ratio)
+    }
+
+    fn kubectl(&self) -> usize {
+        let kubectl = |one: &Contestant| matches!(one, Contestant::Kubectl);
+        self.contestants.iter().position(kubectl).unwrap_or(0)
+    }
+}
+
+impl fmt::Display for Results {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        targets::print(self, f)?;
+        let all = 0..self.contestants.len();
+        let others: Vec<_> = all.clone().filter(|which| *which != self.kubectl()).collect();
+        write!(f, "| case | measure |")?;
+        for which in &others {
+            write!(f, " {} ÷ kubectl |", self.contestants[*which])?;
+        }
+        for contestant in &self.contestants {
+            write!(f, " {contestant} |")?;
+        }
+        writeln!(
+            f,
+            "\n|---|---|{}",
+            "---|".repeat(others.len() + self.contestants.len())
+        )?;
+        for case in CASES {
+            let mut measures: Vec<_> = self
+                .figures
+                .keys()
+                .filter(|(name, ..)| *name == case.name)
+                .map(|(_, measure, _)| *measure)
+                .collect();
+            measures.dedup();
+            for measure in measures {
+                write!(f, "| {} | {measure} |", case.what)?;
+                for which in &others {
+                    match self.ratio(case.name, measure, *which) {
+                        Some(ratio) => write!(f, " {}x |", short(ratio))?,
+                        None => write!(f, " |")?,
+                    }
+                }
+                for which in all.clone() {
+                    let figure = self.median(case.name, measure, which);
+                    write!(f, " {} |", figure.map(short).unwrap_or_default())?;
+                }
+                writeln!(f)?;
+            }
+        }
+        for failure in &self.failures {
+            writeln!(f, "\nNot measured: {}", failure.replace('\n', " "))?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes three digits, and what never came as such.
+pub(crate) fn short(figure: f64) -> String {
+    match figure.abs() {
+        size if size.is_infinite() => "never".to_owned(),
+        100.0.. => format!("{figure:.0}"),
+        10.0.. => format!("{figure:.1}"),
+        0.1.. => format!("{figure:.2}"),
+        _ => format!("{figure:.3}"),
+    }
+}
+
+fn tell(text: &str) {
+    eprintln!("{text}");
+}
