@@ -1,0 +1,109 @@
+//! What becomes of a whole session: signs of life, its end, and what its connections are told.
+
+use super::*;
+
+#[test]
+fn an_abandoned_download_that_is_alone_ends_the_session() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.read(key);
+    scene.written();
+    (0..40).for_each(|_| {
+        scene.data(key, 32 << 10);
+        scene.read(key);
+    });
+    scene.state.detach(key, scene.now);
+    assert!(scene.state.ended().is_some());
+}
+
+#[test]
+fn a_quiet_session_is_asked_for_a_sign_of_life_without_taking_a_workers_time() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.read(key);
+    scene.written();
+    scene.reply(key);
+    scene.pass(Duration::from_secs(5));
+    assert_eq!(scene.written(), [Wrote::Open(output::PROBE)]);
+    let mut refused = Vec::new();
+    frame::reset(&mut refused, output::PROBE, 1);
+    scene.receive(&refused);
+    scene.pass(Duration::from_secs(4));
+    assert!(scene.state.ended().is_none());
+}
+
+#[test]
+fn a_dead_session_is_noticed_within_fifteen_seconds_and_six_when_in_use() {
+    for (active, within) in [(false, 15), (true, 6)] {
+        let mut scene = Scene::new();
+        let key = scene.open(80);
+        scene.read(key);
+        scene.written();
+        scene.reply(key);
+        if active {
+            scene.write(key, 10);
+        }
+        let begun = scene.now;
+        while scene.state.ended().is_none() {
+            let next = scene.state.deadline(scene.now);
+            scene.now = next.max(scene.now + Duration::from_millis(1));
+            scene.state.tick(scene.now);
+            scene.written();
+        }
+        let taken = scene.now - begun;
+        assert!(
+            taken <= Duration::from_secs(within) + Duration::from_millis(50),
+            "{taken:?}"
+        );
+        assert!(taken > Duration::from_secs(within / 2), "{taken:?} is hasty");
+    }
+}
+
+#[test]
+fn what_had_not_left_when_the_session_broke_may_be_tried_again() {
+    let mut scene = Scene::new();
+    let (sent, unsent) = (scene.open(80), scene.open(80));
+    scene.write(sent, 10);
+    scene.written();
+    scene.write(unsent, 10);
+    scene.state.end("gone");
+    assert_eq!(kind(scene.read(sent)), io::ErrorKind::ConnectionAborted);
+    assert_eq!(kind(scene.read(unsent)), io::ErrorKind::NotConnected);
+}
+
+#[test]
+fn a_retired_session_lasts_as_long_as_its_connections() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.read(key);
+    scene.state.retire();
+    assert!(!scene.state.is_done());
+    scene.state.detach(key, scene.now);
+    assert!(scene.state.is_done());
+}
+
+#[test]
+fn a_sandbox_that_has_ended_takes_its_session_along() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.write(key, 10);
+    scene.written();
+    scene.end(key, "network namespace for sandbox \"1f\" is closed");
+    assert!(scene.state.load(scene.now).worn);
+}
+
+#[test]
+fn a_machine_that_slept_asks_before_it_gives_a_session_up() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.write(key, 10);
+    scene.written();
+    scene.reply(key);
+    scene.state.deadline(scene.now);
+    scene.now += Duration::from_secs(3600);
+    scene.state.tick(scene.now);
+    assert!(scene.state.ended().is_none());
+    assert_eq!(scene.written(), [Wrote::Open(output::PROBE)]);
+    scene.pass(Duration::from_secs(11));
+    assert!(scene.state.ended().is_some(), "nobody has answered");
+}
