@@ -12,7 +12,7 @@ use kube_tunnel::testing::{FakeCluster, ForwardFault, Workload};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::app::TestApp;
+use crate::app::{TestApp, web};
 use crate::client::{Client, Reply, fetch, get};
 
 const WEB: &str = "web.shop.svc.cluster.local";
@@ -231,14 +231,7 @@ async fn more_h2c_streams_than_a_pod_allows_get_another_connection() {
 #[tokio::test]
 async fn a_post_with_a_body_moves_on_from_a_pod_that_refuses() {
     let cluster = FakeCluster::start().await.unwrap();
-    let any = Serve::Http(Protocols::Any);
-    let workload = cluster
-        .workload("shop", "web")
-        .port("http", 80, 8080)
-        .serve(any)
-        .replicas(2)
-        .create()
-        .unwrap();
+    let workload = web(&cluster, 2);
     cluster
         .faults()
         .set_forward("shop", &workload.pods[0].name, Some(ForwardFault::Refused));
@@ -292,13 +285,7 @@ async fn a_client_of_a_service_with_session_affinity_stays_with_one_pod_while_it
 #[tokio::test]
 async fn a_get_may_have_a_body_of_unknown_length() {
     let cluster = FakeCluster::start().await.unwrap();
-    let any = Serve::Http(Protocols::Any);
-    let _workload = cluster
-        .workload("shop", "web")
-        .port("http", 80, 8080)
-        .serve(any)
-        .create()
-        .unwrap();
+    let _workload = web(&cluster, 1);
     let app = TestApp::start(&cluster).await;
     let stream = TcpStream::connect(app.address).await.unwrap();
     let io = hyper_util::rt::TokioIo::new(stream);
@@ -319,13 +306,7 @@ async fn a_get_may_have_a_body_of_unknown_length() {
 #[tokio::test]
 async fn a_client_that_stops_in_the_middle_of_its_body_is_not_blamed_on_the_pod() {
     let cluster = FakeCluster::start().await.unwrap();
-    let any = Serve::Http(Protocols::Any);
-    let workload = cluster
-        .workload("shop", "web")
-        .port("http", 80, 8080)
-        .serve(any)
-        .create()
-        .unwrap();
+    let workload = web(&cluster, 1);
     let app = TestApp::start(&cluster).await;
     let mut stream = TcpStream::connect(app.address).await.unwrap();
     let head = "POST /upload HTTP/1.1\r\nHost: web.shop\r\nContent-Length: 100\r\n\r\nonly this";

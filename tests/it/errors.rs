@@ -9,7 +9,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
-use crate::app::TestApp;
+use crate::app::{TestApp, web};
 use crate::client::{Client, Reply, fetch, get};
 
 async fn cluster() -> FakeCluster {
@@ -183,13 +183,7 @@ async fn an_api_server_that_is_down_is_named_after_the_wait() {
 #[tokio::test]
 async fn a_pod_that_resets_is_a_502_for_a_post_and_is_asked_once() {
     let cluster = FakeCluster::start().await.unwrap();
-    let any = Serve::Http(Protocols::Any);
-    let workload = cluster
-        .workload("shop", "web")
-        .port("http", 80, 8080)
-        .serve(any)
-        .create()
-        .unwrap();
+    let workload = web(&cluster, 1);
     let pod = &workload.pods[0].name;
     cluster
         .faults()

@@ -5,13 +5,12 @@ use std::net::SocketAddr;
 use std::process::Stdio;
 
 use http::StatusCode;
-use kube_tunnel::testing::backend::{Protocols, Serve};
 use kube_tunnel::testing::{FakeCluster, Identity, Workload};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 
-use crate::app::TestApp;
+use crate::app::{TestApp, web};
 use crate::client::fetch;
 use crate::program::{Lines, Running, path, program};
 
@@ -19,13 +18,7 @@ const WEB: &str = "web.shop.svc.cluster.local";
 
 async fn cluster() -> (FakeCluster, Workload) {
     let cluster = FakeCluster::start().await.unwrap();
-    let any = Serve::Http(Protocols::Any);
-    let workload = cluster
-        .workload("shop", "web")
-        .port("http", 80, 8080)
-        .serve(any)
-        .create()
-        .unwrap();
+    let workload = web(&cluster, 1);
     (cluster, workload)
 }
 

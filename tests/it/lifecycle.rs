@@ -7,7 +7,7 @@ use kube_tunnel::testing::FakeCluster;
 use kube_tunnel::testing::backend::{Protocols, Serve};
 use tokio::net::TcpListener;
 
-use crate::app::{PATIENCE, TestApp, eventually};
+use crate::app::{PATIENCE, TestApp, eventually, web};
 use crate::client::{Client, fetch, get};
 
 const WEB: &str = "web.shop.svc.cluster.local";
@@ -15,13 +15,7 @@ const WEB: &str = "web.shop.svc.cluster.local";
 #[tokio::test]
 async fn running_requests_end_before_the_program_does() {
     let cluster = FakeCluster::start().await.unwrap();
-    let any = Serve::Http(Protocols::Any);
-    let _workload = cluster
-        .workload("shop", "web")
-        .port("http", 80, 8080)
-        .serve(any)
-        .create()
-        .unwrap();
+    let _workload = web(&cluster, 1);
     for http2 in [false, true] {
         let mut app = TestApp::start(&cluster).await;
         let mut client = if http2 {
@@ -44,13 +38,7 @@ async fn running_requests_end_before_the_program_does() {
 #[tokio::test]
 async fn the_deadline_cuts_off_what_does_not_end() {
     let cluster = FakeCluster::start().await.unwrap();
-    let any = Serve::Http(Protocols::Any);
-    let _workload = cluster
-        .workload("shop", "web")
-        .port("http", 80, 8080)
-        .serve(any)
-        .create()
-        .unwrap();
+    let _workload = web(&cluster, 1);
     let app = TestApp::with(&cluster.kubeconfig(), &[(&setting::DRAIN_TIMEOUT, "100ms")]).await;
     let mut client = Client::http1(app.address).await;
     let response = client.send(get(WEB, "/sse?count=1000000&interval_ms=50")).await;
@@ -74,13 +62,7 @@ async fn the_port_is_free_once_the_drain_has_started() {
 #[tokio::test]
 async fn a_client_that_leaves_ends_its_request_at_the_backend() {
     let cluster = FakeCluster::start().await.unwrap();
-    let any = Serve::Http(Protocols::Any);
-    let workload = cluster
-        .workload("shop", "web")
-        .port("http", 80, 8080)
-        .serve(any)
-        .create()
-        .unwrap();
+    let workload = web(&cluster, 1);
     let app = TestApp::start(&cluster).await;
     let backend = workload.pods[0].backends[0].http().unwrap();
     let mut client = Client::http1(app.address).await;

@@ -5,26 +5,19 @@ use http::{Request, StatusCode};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Empty};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use kube_tunnel::testing::backend::{Protocols, Serve};
 use kube_tunnel::testing::{FakeCluster, Workload};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::{Message, protocol::Role};
 
-use crate::app::TestApp;
+use crate::app::{TestApp, web};
 
 const WEB: &str = "web.shop.svc.cluster.local";
 
 async fn app() -> (FakeCluster, Workload, TestApp) {
     let cluster = FakeCluster::start().await.unwrap();
-    let any = Serve::Http(Protocols::Any);
-    let workload = cluster
-        .workload("shop", "web")
-        .port("http", 80, 8080)
-        .serve(any)
-        .create()
-        .unwrap();
+    let workload = web(&cluster, 1);
     let app = TestApp::start(&cluster).await;
     (cluster, workload, app)
 }

@@ -53,8 +53,8 @@ fn a_refusal_stays_one_when_the_session_ends() {
     assert_eq!(kind(scene.read(key)), io::ErrorKind::ConnectionRefused);
 }
 
-#[test]
-fn half_an_end_is_not_believed_while_the_server_is_silent() {
+/// A connection whose data the pod has ended, with no word yet of how.
+fn half_ended() -> (Scene, usize) {
     let mut scene = Scene::new();
     let key = scene.open(80);
     scene.write(key, 10);
@@ -63,6 +63,12 @@ fn half_an_end_is_not_believed_while_the_server_is_silent() {
     let mut half = Vec::new();
     frame::fin(&mut half, scene.id(key));
     scene.receive(&half);
+    (scene, key)
+}
+
+#[test]
+fn half_an_end_is_not_believed_while_the_server_is_silent() {
+    let (mut scene, key) = half_ended();
     let begun = scene.now;
     while scene.state.ended().is_none() {
         assert!(scene.read(key).is_none(), "after {:?}", scene.now - begun);
@@ -78,14 +84,7 @@ fn half_an_end_is_not_believed_while_the_server_is_silent() {
 
 #[test]
 fn half_an_end_is_believed_when_the_server_answers_and_the_rest_does_not_come() {
-    let mut scene = Scene::new();
-    let key = scene.open(80);
-    scene.write(key, 10);
-    scene.written();
-    scene.reply(key);
-    let mut half = Vec::new();
-    frame::fin(&mut half, scene.id(key));
-    scene.receive(&half);
+    let (mut scene, key) = half_ended();
     let begun = scene.now;
     while scene.read(key).is_none() {
         scene.pass(Duration::from_millis(20));
