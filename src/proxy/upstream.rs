@@ -409,20 +409,17 @@ impl Upstream {
         pool
     }
 
-    /// Closes idle connections and forgets empty pools, at least each minute (contract G2).
+    /// Closes idle connections and forgets empty pools, more often than each minute (contract G2).
     async fn sweep(&self, idle_timeout: Duration) {
-        let period = (idle_timeout / 10).clamp(Duration::from_millis(10), Duration::from_mins(1));
+        let period = (idle_timeout / 10).clamp(Duration::from_millis(10), http1::SURPLUS);
         let mut ticks = tokio::time::interval(period);
         loop {
-            ticks.tick().await;
-            let Some(limit) = Instant::now().checked_sub(idle_timeout) else {
-                continue;
-            };
+            let now = ticks.tick().await;
             let mut pools = lock(&self.pools);
             pools.retain(|peer, pool| {
                 let keep = match pool {
-                    Pool::Http1(pool) => pool.expire(limit),
-                    Pool::Http2(pool) => pool.expire(limit),
+                    Pool::Http1(pool) => pool.expire(now, idle_timeout),
+                    Pool::Http2(pool) => pool.expire(now, idle_timeout),
                 };
                 if !keep {
                     debug!(endpoint = %peer.target, protocol = peer.wire.as_str(), "idle connections closed");

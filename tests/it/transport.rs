@@ -77,7 +77,7 @@ async fn submit(proxy: SocketAddr, host: &str, path: &str) -> Reply {
 async fn warm_up(proxy: SocketAddr, host: &'static str, count: usize) {
     let mut requests = JoinSet::new();
     for _ in 0..count {
-        requests.spawn(async move { fetch(proxy, host, "/slow?ms=100").await.status });
+        requests.spawn(async move { fetch(proxy, host, "/slow?ms=400").await.status });
     }
     for status in requests.join_all().await {
         assert_eq!(status, StatusCode::OK);

@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
@@ -24,9 +25,11 @@ use crate::transport::ConnectError;
 /// How many connections are opened at the same time to one port of one pod.
 const MAX_OPENING: usize = 16;
 
-/// How many connections are kept without use: what a burst needed is not held for minutes, since each costs the container
-/// runtime file descriptors and threads.
-const MAX_IDLE: usize = 64;
+/// How many connections are kept without use for the idle time. What a burst needed beyond them is not held for minutes, since
+/// each costs the container runtime file descriptors and threads, but for as long as the burst may still need it: many
+/// clients leave as many connections idle between two of their requests.
+const KEPT_IDLE: usize = 64;
+pub(super) const SURPLUS: Duration = Duration::from_secs(10);
 
 /// A connection, as its user sees it.
 pub(super) struct Connection {
@@ -50,8 +53,8 @@ type Waiting = oneshot::Sender<Result<(Connection, bool), Error>>;
 
 #[derive(Default)]
 struct State {
-    /// Connections without a request, the most recently used last.
-    idle: Vec<(Connection, Instant)>,
+    /// Connections without a request, the most recently used last, and since when.
+    idle: VecDeque<(Connection, Instant)>,
     /// Requests without a connection, in order of arrival. They are told whether theirs was in use before.
     waiting: VecDeque<Waiting>,
     /// How many connections are being opened.
@@ -80,7 +83,7 @@ impl Pool {
             if fresh == Fresh::Yes {
                 state.idle.clear();
             }
-            while let Some((connection, _)) = state.idle.pop() {
+            while let Some((connection, _)) = state.idle.pop_back() {
                 if connection.sender.is_ready() {
                     return Ok((connection, true));
                 }
@@ -151,12 +154,13 @@ impl Pool {
         self.open.get()
     }
 
-    /// Closes connections that have been idle since `limit` or longer. Returns whether anything is left.
-    pub(super) fn expire(self: &Arc<Self>, limit: Instant) -> bool {
+    /// Closes connections that have been idle for this time, or that no burst needs any more. Returns whether anything is left.
+    pub(super) fn expire(self: &Arc<Self>, now: Instant, idle_timeout: Duration) -> bool {
         let mut state = lock(&self.state);
-        state
-            .idle
-            .retain(|(connection, since)| *since > limit && connection.sender.is_ready());
+        state.idle.retain(|(connection, since)| {
+            now.duration_since(*since) < idle_timeout && connection.sender.is_ready()
+        });
+        state.close_surplus(now);
         // A request that holds the pool may be about to give a connection back.
         !state.idle.is_empty()
             || !state.waiting.is_empty()
@@ -188,9 +192,19 @@ impl State {
                 Err(Err(_)) => unreachable!("what comes back is what was sent"),
             }
         }
-        if self.idle.len() < MAX_IDLE {
-            self.idle.push((connection, Instant::now()));
-        }
+        self.idle.push_back((connection, Instant::now()));
+    }
+
+    /// Closes the connections that have been idle for longest, as far as nothing needed them lately.
+    fn close_surplus(&mut self, now: Instant) {
+        let surplus = self.idle.len().saturating_sub(KEPT_IDLE);
+        let unneeded = self
+            .idle
+            .iter()
+            .take(surplus)
+            .take_while(|(_, since)| now.duration_since(*since) >= SURPLUS)
+            .count();
+        self.idle.drain(..unneeded);
     }
 }
 

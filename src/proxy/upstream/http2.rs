@@ -5,6 +5,7 @@ use std::future::{Future as _, poll_fn};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use hyper::client::conn::http2::{self, SendRequest};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -172,10 +173,10 @@ impl Pool {
         self.open.get()
     }
 
-    /// Closes the connections if nobody asked for one since `limit` and no stream is open. Returns whether anything is left.
-    pub(super) fn expire(self: &Arc<Self>, limit: Instant) -> bool {
+    /// Closes the connections if nobody asked for one for this time. Returns whether anything is left.
+    pub(super) fn expire(self: &Arc<Self>, now: Instant, idle_timeout: Duration) -> bool {
         let mut state = lock(&self.state);
-        if state.used <= limit && !state.opening {
+        if now.duration_since(state.used) >= idle_timeout && !state.opening {
             // hyper keeps a connection up until the streams that are open on it have ended.
             state.connections.clear();
         }

@@ -30,6 +30,27 @@ async fn a_burst_of_two_hundred_connections_takes_few_sessions() {
 }
 
 #[tokio::test]
+async fn what_a_burst_needed_is_there_for_the_next_and_not_for_much_longer() {
+    const CLIENTS: usize = 100;
+    const KEPT: usize = 64;
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = pod(&cluster);
+    let app = TestApp::start(&cluster).await;
+    let open = || backend(&workload).open_connections();
+    let together = async { eventually("a connection for each client", || open() >= CLIENTS).await };
+    tokio::join!(warm_up(app.address, WEB, 2 * CLIENTS), together);
+    let opened = cluster.forwards().counts().connections_opened;
+    warm_up(app.address, WEB, CLIENTS).await;
+    assert_eq!(cluster.forwards().counts().connections_opened, opened);
+
+    // Less than the pod itself keeps them.
+    tokio::time::pause();
+    tokio::time::advance(Duration::from_secs(25)).await;
+    tokio::time::resume();
+    eventually("fewer connections", || open() == KEPT).await;
+}
+
+#[tokio::test]
 async fn a_request_over_an_idle_connection_asks_the_api_server_for_nothing() {
     let cluster = FakeCluster::start().await.unwrap();
     let _workload = pod(&cluster);
