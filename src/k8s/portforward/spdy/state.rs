@@ -238,7 +238,7 @@ impl State {
     }
 
     /// Counts the connections in use.
-    fn live(&self) -> usize {
+    pub(super) fn live(&self) -> usize {
         self.unplaced + self.live.iter().sum::<usize>()
     }
 
