@@ -48,7 +48,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     if name == "config" {
         return print(&config::show(&layers));
     }
-    telemetry::init(&config.telemetry);
+    let log = telemetry::init(&config.telemetry);
     for warning in layers.warnings() {
         warn!("{warning}");
     }
@@ -57,6 +57,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         "demo" => demo::run(config, &layers, privileges),
         _ => run::run(&config, privileges),
     };
+    drop(log);
     match done {
         Ok(code) => code,
         Err(error) => {

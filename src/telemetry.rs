@@ -1,9 +1,10 @@
 //! What the program says about itself: log format, level and colour. One line per event on stderr, time in RFC 3339.
 
 use std::fmt;
-use std::io::{self, IsTerminal};
+use std::io::{self, BufWriter, IsTerminal, Write as _};
 use std::str::FromStr;
 
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::FormatTime;
@@ -115,17 +116,53 @@ impl FormatTime for Rfc3339 {
     }
 }
 
+/// How many lines wait while stderr is not being read; more are lost.
+const WAITING_LINES: usize = 10_000;
+
+/// How much goes to stderr in one write.
+const WRITE: usize = 64 << 10;
+
+/// The log's end: dropping it writes what waits, for a second at most.
+#[derive(Debug)]
+#[must_use = "the log ends with it"]
+pub struct Log {
+    /// Taken to end the log before its losses are told.
+    writer: Option<WorkerGuard>,
+    lost: ErrorCounter,
+}
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        drop(self.writer.take());
+        let lost = self.lost.dropped_lines();
+        if lost > 0 {
+            // Whoever did not read before may not read this either.
+            let _ = writeln!(
+                io::stderr(),
+                "{lost} lines of the log were lost: stderr was not read fast enough"
+            );
+        }
+    }
+}
+
 /// Installs the log for the whole process. Colour only on a terminal, and never when `NO_COLOR` is set (no-color.org).
 ///
-/// A second call changes nothing, so that tests may call it freely.
-pub fn init(config: &Config) {
+/// A thread of its own writes, so that a terminal that is scrolled back, or a pipe that nobody reads, holds up no request;
+/// what is logged at the same time leaves in one write.
+pub fn init(config: &Config) -> Log {
     let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let (lines, writer) = NonBlockingBuilder::default()
+        .lossy(true)
+        .buffered_lines_limit(WAITING_LINES)
+        .thread_name("log")
+        .finish(BufWriter::with_capacity(WRITE, io::stderr()));
+    let lost = lines.error_counter();
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(&config.filter.directives))
         .with_timer(Rfc3339)
         // It would be reported with `eprintln!`, which panics when stderr is what cannot be written to.
         .log_internal_errors(false)
-        .with_writer(io::stderr)
+        .with_writer(lines)
         .with_ansi(io::stderr().is_terminal() && !no_color);
     // An error means that a log is installed already.
     let _ = match config.format {
@@ -137,6 +174,10 @@ pub fn init(config: &Config) {
             .with_span_list(false)
             .try_init(),
     };
+    Log {
+        writer: Some(writer),
+        lost,
+    }
 }
 
 #[cfg(test)]

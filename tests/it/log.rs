@@ -3,10 +3,11 @@
 use std::net::SocketAddr;
 use std::process::Stdio;
 
+use http::StatusCode;
 use kube_tunnel::testing::FakeCluster;
 use serde_json::Value;
 
-use crate::app::web;
+use crate::app::{PATIENCE, web};
 use crate::client::fetch;
 use crate::program::{Lines, Running, address, kubeconfig, path, program};
 
@@ -98,4 +99,19 @@ async fn text_lines_have_their_fields_in_a_fixed_order_and_no_colour_in_a_pipe()
         !line.contains("secret"),
         "the query does not belong into the log: {line}"
     );
+}
+
+#[tokio::test]
+async fn a_log_that_nobody_reads_holds_up_no_request() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let _workload = web(&cluster, 1);
+    let (running, log, address) = start(&cluster, &["--log-level=debug"]).await;
+    // Many times as much as a pipe holds.
+    for _ in 0..500 {
+        let reply = tokio::time::timeout(PATIENCE, fetch(address, "web.shop", "/")).await;
+        assert_eq!(reply.expect("held up by the log").status, StatusCode::OK);
+    }
+    running.signal("-TERM");
+    running.wait().await;
+    drop(log);
 }
