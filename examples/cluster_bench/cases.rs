@@ -9,6 +9,7 @@ use crate::contestant::{Contestant, Running};
 use crate::delay::Delayed;
 use crate::load::{Ask, Load, lines, repeat};
 use crate::pingpong::{self, Beside};
+use crate::recovery::Disturbance;
 use crate::report::{Figures, Measure};
 use crate::{Settings, memory};
 
@@ -38,7 +39,7 @@ pub(crate) enum Kind {
     /// 16 bytes there and back beside something else.
     PingPong(Beside),
     Memory,
-    Recovery,
+    Recovery(Disturbance),
 }
 
 const fn case(name: &'static str, what: &'static str, kind: Kind) -> Case {
@@ -87,6 +88,16 @@ pub(crate) const CASES: &[Case] = &[
         Kind::PingPong(Beside::Bulk(Way::Up)),
     ),
     case(
+        "ping-down-elsewhere",
+        "ping-pong beside a download of another process",
+        Kind::PingPong(Beside::Elsewhere(Way::Down)),
+    ),
+    case(
+        "ping-up-elsewhere",
+        "ping-pong beside an upload of another process",
+        Kind::PingPong(Beside::Elsewhere(Way::Up)),
+    ),
+    case(
         "ping-reader",
         "ping-pong beside a stalled reader",
         Kind::PingPong(Beside::StalledReaders(1)),
@@ -107,7 +118,21 @@ pub(crate) const CASES: &[Case] = &[
         Kind::PingPong(Beside::StalledReaders(20)),
     ),
     case("memory", "memory", Kind::Memory),
-    case("recovery", "restart of the API server", Kind::Recovery),
+    case(
+        "recovery-restart",
+        "restart of the API server",
+        Kind::Recovery(Disturbance::Restart),
+    ),
+    case(
+        "recovery-pod",
+        "another pod of the same name",
+        Kind::Recovery(Disturbance::Replacement),
+    ),
+    case(
+        "recovery-silence",
+        "connections to the API server fall silent",
+        Kind::Recovery(Disturbance::BlackHole),
+    ),
 ];
 
 /// Connections that the node can hold: each costs the container runtime two threads and four descriptors.
@@ -142,10 +167,17 @@ pub(crate) async fn run(case: &Case, contestant: &Contestant, settings: &Setting
     let running = contestant
         .start(&settings.namespace, ports, kubeconfig.as_deref())
         .await?;
-    measure(&case.kind, &running, settings).await
+    let other = match case.kind {
+        Kind::PingPong(Beside::Elsewhere(_)) => {
+            Some(contestant.start(&settings.namespace, ports, None).await?)
+        }
+        _ => None,
+    };
+    measure(&case.kind, &running, other.as_ref().unwrap_or(&running), settings).await
 }
 
-async fn measure(kind: &Kind, running: &Running, settings: &Settings) -> Result<Figures> {
+/// `other`: where the neighbours go.
+async fn measure(kind: &Kind, running: &Running, other: &Running, settings: &Settings) -> Result<Figures> {
     let host = &running.host;
     Ok(match *kind {
         Kind::Get(count) => exchanges(running, &Ask::get(host, true), count, settings.time, true).await?,
@@ -160,7 +192,7 @@ async fn measure(kind: &Kind, running: &Running, settings: &Settings) -> Result<
             ]
         }
         Kind::PingPong(beside) => {
-            let load = pingpong::run(running, beside, settings.time).await?;
+            let load = pingpong::run(running, other, beside, settings.time).await?;
             let mut figures = latencies(&load);
             figures.push((Measure::Worst, load.percentile(1.0)));
             figures
@@ -172,7 +204,7 @@ async fn measure(kind: &Kind, running: &Running, settings: &Settings) -> Result<
                 (Measure::MemoryOpen(settings.many), open),
             ]
         }
-        Kind::Recovery => anyhow::bail!("all contestants recover together"),
+        Kind::Recovery(_) => anyhow::bail!("all contestants recover together"),
     })
 }
 

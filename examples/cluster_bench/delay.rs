@@ -1,8 +1,10 @@
-//! A longer way to the API server: a relay that holds every piece of bytes for half of the added round trip.
+//! A longer way to the API server: a relay that holds every piece of bytes for half of the added round trip, or swallows it.
 
 use std::io;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -23,6 +25,8 @@ const UNDER_WAY: usize = 1024;
 #[derive(Debug)]
 pub(crate) struct Delayed {
     folder: TempDir,
+    /// How often connections have been swallowed.
+    swallowed: Arc<AtomicUsize>,
     _relay: Aside,
 }
 
@@ -48,9 +52,16 @@ impl Delayed {
         cluster["server"] = json!(format!("https://{address}"));
         let folder = tempfile::tempdir()?;
         std::fs::write(folder.path().join("kubeconfig"), kubeconfig.to_string())?;
-        let relay = Aside::start(move || accept(listener, upstream, round_trip / 2))?;
+        let swallowed = Arc::default();
+        let way = Way {
+            upstream,
+            half: round_trip / 2,
+            swallowed: Arc::clone(&swallowed),
+        };
+        let relay = Aside::start(move || accept(listener, way))?;
         Ok(Self {
             folder,
+            swallowed,
             _relay: relay,
         })
     }
@@ -59,23 +70,43 @@ impl Delayed {
     pub(crate) fn kubeconfig(&self) -> PathBuf {
         self.folder.path().join("kubeconfig")
     }
+
+    /// Has the connections that there are pass nothing any more, their ends neither.
+    pub(crate) fn swallow(&self) {
+        self.swallowed.fetch_add(1, Ordering::SeqCst);
+    }
 }
 
-async fn accept(listener: std::net::TcpListener, upstream: String, half: Duration) {
+/// What all connections of a relay have in common.
+#[derive(Clone)]
+struct Way {
+    upstream: String,
+    half: Duration,
+    swallowed: Arc<AtomicUsize>,
+}
+
+async fn accept(listener: std::net::TcpListener, way: Way) {
     let Ok(listener) = TcpListener::from_std(listener) else {
         return;
     };
     let mut connections = JoinSet::new();
     while let Ok((client, _)) = listener.accept().await {
-        let upstream = upstream.clone();
+        let way = way.clone();
         connections.spawn(async move {
             // An end of one side reaches the other; what else goes wrong the measured program sees.
-            drop(connect(client, &upstream, half).await);
+            drop(connect(client, way).await);
         });
     }
 }
 
-async fn connect(client: TcpStream, upstream: &str, half: Duration) -> io::Result<()> {
+async fn connect(client: TcpStream, way: Way) -> io::Result<()> {
+    let Way {
+        upstream,
+        half,
+        swallowed,
+    } = way;
+    let before = swallowed.load(Ordering::SeqCst);
+    let swallows = || swallowed.load(Ordering::SeqCst) != before;
     // The handshake of TCP takes a round trip, too: the client's first bytes come that much later.
     sleep_until(Instant::now() + 2 * half).await;
     let server = TcpStream::connect(upstream).await?;
@@ -84,8 +115,8 @@ async fn connect(client: TcpStream, upstream: &str, half: Duration) -> io::Resul
     let (mut from_client, mut to_client) = client.into_split();
     let (mut from_server, mut to_server) = server.into_split();
     tokio::try_join!(
-        hold(&mut from_client, &mut to_server, half),
-        hold(&mut from_server, &mut to_client, half),
+        hold(&mut from_client, &mut to_server, half, &swallows),
+        hold(&mut from_server, &mut to_client, half, &swallows),
     )?;
     Ok(())
 }
@@ -95,12 +126,19 @@ async fn hold(
     from: &mut (impl AsyncRead + Unpin),
     to: &mut (impl AsyncWrite + Unpin),
     half: Duration,
+    swallows: &impl Fn() -> bool,
 ) -> io::Result<()> {
     let (sender, mut pieces) = mpsc::channel::<(Instant, Vec<u8>)>(UNDER_WAY);
     let take = async {
         let mut buffer = vec![0; 64 * 1024];
         loop {
             let length = from.read(&mut buffer).await?;
+            if swallows() {
+                match length {
+                    0 => std::future::pending().await,
+                    _ => continue,
+                }
+            }
             let piece = (Instant::now() + half, buffer[..length].to_vec());
             if length == 0 || sender.send(piece).await.is_err() {
                 drop(sender);

@@ -85,8 +85,8 @@ async fn run_round(
     results: &mut Results,
 ) {
     eprintln!("{}, round {}", case.name, round + 1);
-    if let Kind::Recovery = case.kind {
-        match recovery::run(contestants, settings).await {
+    if let Kind::Recovery(disturbance) = case.kind {
+        match recovery::run(disturbance, contestants, settings).await {
             Ok(figures) => figures
                 .into_iter()
                 .for_each(|(which, figures)| results.add(case, which, figures)),

@@ -28,6 +28,8 @@ pub(crate) enum Beside {
     Quiet,
     /// One stream of bytes at full speed.
     Bulk(Way),
+    /// The same through another process of the contestant: what machine and cluster do to each other's share of a processor.
+    Elsewhere(Way),
     /// Clients that read nothing of what the pod sends without end.
     StalledReaders(usize),
     /// One such client that connects at once after the pinging one: nothing is known of either yet.
@@ -37,16 +39,18 @@ pub(crate) enum Beside {
 }
 
 /// Measures beside something, from its very beginning: what it does at first is felt, too.
-pub(crate) async fn run(running: &Running, beside: Beside, time: Duration) -> Result<Load> {
-    let address = |port: u16| running.address(PORTS.iter().position(|known| *known == port).unwrap_or(0));
+/// `other`: the process that the neighbours go through.
+pub(crate) async fn run(running: &Running, other: &Running, beside: Beside, time: Duration) -> Result<Load> {
+    let place = |port: u16| PORTS.iter().position(|known| *known == port).unwrap_or(0);
+    let address = |port| other.address(place(port));
     // Its connection is there first, as that of somebody who is at work when the others come.
-    let line = lines(address(9000), &Ask::echo(16, true), 1).await?;
+    let line = lines(running.address(place(9000)), &Ask::echo(16, true), 1).await?;
     if !matches!(beside, Beside::StalledTwin) {
         sleep(SETTLED).await;
     }
     let neighbour = match beside {
         Beside::Quiet => None,
-        Beside::Bulk(way) => {
+        Beside::Bulk(way) | Beside::Elsewhere(way) => {
             let (to, host) = (address(8080), running.host.clone());
             let work = move || async move { drop(bulk::stream(to, &host, way, &Cell::new(0)).await) };
             Some(Aside::start(work)?)

@@ -31,7 +31,7 @@ pub(crate) enum Measure {
     MemoryIdle,
     /// Resident memory with that many open connections.
     MemoryOpen(usize),
-    /// Time from a ready API server to the first answer.
+    /// Time from where an answer is possible again to the first one.
     Recovery,
     /// Exchanges that failed; not shown where none did.
     Failed,
