@@ -244,7 +244,7 @@ mod tests {
         drain.spawn(peer(theirs, slow));
         let session = Session::start(ours, std::sync::Arc::default(), &drain);
         let begun = tokio::time::Instant::now();
-        let mut stream = session.connect(80);
+        let mut stream = session.connect(80, true);
         stream.write_all(&vec![0; 4 << 20]).await.unwrap_err();
         assert!(begun.elapsed() >= slow, "dead after {:?}", begun.elapsed());
         assert!(begun.elapsed() < slow + Duration::from_secs(7));

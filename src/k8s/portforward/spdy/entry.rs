@@ -90,6 +90,8 @@ impl Outcome {
 pub(super) struct Entry {
     /// The pod's port.
     pub(super) port: u16,
+    /// Whether it is to have its session for itself.
+    pub(super) apart: bool,
     /// Nothing while it waits to be opened.
     pub(super) place: Option<Place>,
     /// Since when it has waited to be opened.
@@ -124,8 +126,10 @@ pub(super) struct Entry {
     pub(super) last_payload: u64,
     /// Whether the last payload went to the pod.
     pub(super) awaiting: bool,
-    /// How much payload went to the pod since it last spoke.
-    pub(super) unheard: usize,
+    /// How much payload went that way, to the pod or from it, since any went the other way.
+    pub(super) run: usize,
+    /// Whether that has been much.
+    pub(super) large: bool,
     /// Since when payload has been waiting to be handed over.
     pub(super) unhanded: Option<Instant>,
     /// Whether the pod has sent anything.
@@ -141,6 +145,19 @@ pub(super) struct Entry {
 }
 
 impl Entry {
+    /// Notes payload that went to the pod, or came from it.
+    pub(super) fn carried(&mut self, to_pod: bool, bytes: usize) {
+        if self.awaiting != to_pod {
+            (self.awaiting, self.run) = (to_pod, 0);
+        }
+        self.run += bytes;
+    }
+
+    /// Returns how much payload went to the pod since it last spoke.
+    pub(super) fn unheard(&self) -> usize {
+        if self.awaiting { self.run } else { 0 }
+    }
+
     /// Notes that the peer's half of one of the two streams has ended.
     pub(super) fn end(&mut self, error_stream: bool, how: Half, now: Instant) {
         let half = if error_stream {

@@ -20,7 +20,7 @@ use tokio::time::Instant;
 
 pub(in crate::k8s::portforward) use clock::SILENT;
 
-use crate::k8s::portforward::ports::Ports;
+use crate::k8s::portforward::ports::{Ports, Size};
 use crate::k8s::portforward::spdy::chunks::{Chunk, Spare};
 use crate::k8s::portforward::spdy::entry::{Entry, Half, Ours, Outcome};
 use crate::k8s::portforward::spdy::frame::{Decoder, Encoder};
@@ -35,6 +35,13 @@ const SHARED: usize = 4 << 20;
 const BULK: u64 = 1 << 20;
 const BULK_SPAN: Duration = Duration::from_secs(2);
 
+/// So is one that moves this much one way without a word the other way, be it a client's or an application's: it may be
+/// about to stall. As long as so much waits for readers, newcomers are kept off too.
+const RUN: usize = 256 << 10;
+
+/// A connection that moves this much in such a way makes more of the kind expected on its port.
+const LARGE: usize = 64 << 10;
+
 /// Streams are spread over fresh sessions now and then: the peer keeps a little of each, and so may a load balancer.
 const MAX_OPENED: u64 = 10_000;
 const MAX_AGE: Duration = Duration::from_hours(1);
@@ -48,9 +55,11 @@ pub(in crate::k8s::portforward) struct Load {
     pub(in crate::k8s::portforward) open: bool,
     /// Whether it will never take any again.
     pub(in crate::k8s::portforward) worn: bool,
+    /// Whether one of them is to have it for itself.
+    pub(in crate::k8s::portforward) apart: bool,
     /// Since when it has had connections without a break.
     pub(in crate::k8s::portforward) busy_since: Option<Instant>,
-    /// When payload last moved, or the session began.
+    /// When payload last moved or a connection was let go of, or the session began.
     pub(in crate::k8s::portforward) active_at: Instant,
 }
 
@@ -99,6 +108,10 @@ pub(super) struct State {
     /// Connections in use, by worker; those without a place in the last field.
     live: [usize; WORKERS],
     unplaced: usize,
+    /// Those of them that are to have the session for themselves.
+    apart: usize,
+    /// Bytes that have come and wait for readers.
+    backlog: usize,
     /// Ids up to here are used.
     last_id: u32,
     /// How many connections were opened.
@@ -160,6 +173,8 @@ impl State {
             timed: Vec::new(),
             live: [0; WORKERS],
             unplaced: 0,
+            apart: 0,
+            backlog: 0,
             last_id: output::PROBE,
             opened: 0,
             barriers: [None; WORKERS],
@@ -226,12 +241,14 @@ impl State {
         let worn = self.ended.is_some() || self.retired || old;
         let open = !worn
             && self.paused.is_none()
+            && self.backlog < RUN
             && self.bulk_until.is_none_or(|until| until <= now)
             && (0..WORKERS).all(healthy);
         Load {
             live: self.live(),
             open,
             worn,
+            apart: self.apart > 0,
             busy_since: self.busy_since,
             active_at: self.active_at,
         }
@@ -309,14 +326,16 @@ impl State {
 
     /// Adds a connection to a port; nothing is sent yet. It may come just after the session has ended, since whoever places
     /// it here has looked before that.
-    pub(super) fn connect(&mut self, port: u16, now: Instant) -> usize {
+    pub(super) fn connect(&mut self, port: u16, apart: bool, now: Instant) -> usize {
         self.opened += 1;
+        self.apart += usize::from(apart);
         self.busy_since.get_or_insert(now);
         self.active_at = now;
         self.unplaced += 1;
         let failure = self.refuses.clone().map(|why| (io::ErrorKind::NotConnected, why));
         self.connections.insert(Entry {
             port,
+            apart,
             failure,
             ..Entry::default()
         })
@@ -348,6 +367,7 @@ impl State {
         }
         let entry = self.connections.get_mut(key).expect("its stream holds it");
         let chunk = entry.received.pop();
+        self.backlog -= chunk.as_ref().map_or(0, |chunk| chunk.rest().len());
         if let Some((slow, since)) = &mut self.paused
             && *slow == key
         {
@@ -405,7 +425,13 @@ impl State {
             return;
         };
         entry.detached = Some(now);
+        self.backlog -= entry.received.len();
         entry.received.clear(&mut self.spare);
+        self.apart -= usize::from(entry.apart);
+        self.active_at = now;
+        if entry.heard && !entry.large {
+            self.ports.note_size(entry.port, Size::Small);
+        }
         let (awaiting, ours, place) = (entry.awaiting, entry.ours, entry.place);
         let streaming = entry.data == Half::Open && is_bulk(entry, now);
         match place {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// How many workers the peer has.
-pub(super) const WORKERS: usize = 5;
+pub(in crate::k8s::portforward) const WORKERS: usize = 5;
 
 /// How many frames a worker's queue holds, beside the one in its hands (`spdystream: QUEUE_SIZE`).
 const QUEUE: u64 = 50;

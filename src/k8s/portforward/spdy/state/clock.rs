@@ -205,7 +205,7 @@ impl State {
         let over = entry.detached.is_some() || entry.ended_at.is_some() || entry.failure.is_some();
         let handed = !blocked && self.workers.is_handed(place.class, entry.last_payload);
         // With more than that, it may be its own application that does not read.
-        if over || handed || entry.unheard > SWALLOWED {
+        if over || handed || entry.unheard() > SWALLOWED {
             entry.unhanded = None;
             return false;
         }
@@ -217,7 +217,7 @@ impl State {
             return true;
         }
         // Nothing of what an application has not answered yet can have reached it if none was sent.
-        let kind = if entry.unheard == 0 {
+        let kind = if entry.unheard() == 0 {
             io::ErrorKind::NotConnected
         } else {
             io::ErrorKind::ConnectionAborted
@@ -234,6 +234,7 @@ impl State {
     fn fail(&mut self, key: usize, kind: io::ErrorKind, text: &str) {
         if let Some(entry) = self.connections.get_mut(key) {
             entry.failure.get_or_insert((kind, text.into()));
+            self.backlog -= entry.received.len();
             entry.received.clear(&mut self.spare);
             self.woken.extend(entry.reader.take());
             self.woken.extend(entry.writer.take());

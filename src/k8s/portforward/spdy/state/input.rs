@@ -5,11 +5,11 @@ use std::mem;
 use tokio::time::Instant;
 
 use crate::k8s::portforward::cause;
-use crate::k8s::portforward::ports::Behaviour;
+use crate::k8s::portforward::ports::{Behaviour, Size};
 use crate::k8s::portforward::spdy::entry::{Half, Ours, Outcome};
 use crate::k8s::portforward::spdy::frame::{Event, FrameError};
 use crate::k8s::portforward::spdy::state::output::PAIR;
-use crate::k8s::portforward::spdy::state::{ALONE, BULK, BULK_SPAN, SHARED, State};
+use crate::k8s::portforward::spdy::state::{ALONE, BULK, BULK_SPAN, LARGE, RUN, SHARED, State};
 
 impl State {
     /// Takes bytes from the peer.
@@ -116,13 +116,14 @@ impl State {
                 }
                 self.ports.note(entry.port, Behaviour::Accepts, now);
             }
-            entry.awaiting = false;
-            (entry.unheard, entry.unhanded) = (0, None);
+            entry.carried(false, payload.len());
+            entry.unhanded = None;
             if let Ours::Held(since) = &mut entry.ours {
                 *since = now;
             }
             if entry.detached.is_none() && entry.failure.is_none() {
                 entry.received.push(payload, &mut self.spare);
+                self.backlog += payload.len();
                 self.woken.extend(entry.reader.take());
                 let most = if neighbours { SHARED } else { ALONE };
                 if entry.received.len() >= most && self.paused.is_none() {
@@ -147,8 +148,11 @@ impl State {
             (*moved, *since) = (0, Some(now));
         }
         *moved += bytes as u64;
-        if *moved >= BULK {
+        if *moved >= BULK || entry.run >= RUN {
             self.bulk_until = Some(now + BULK_SPAN);
+        }
+        if entry.run >= LARGE && !mem::replace(&mut entry.large, true) {
+            self.ports.note_size(entry.port, Size::Large);
         }
     }
 

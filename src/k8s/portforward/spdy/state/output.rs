@@ -92,8 +92,7 @@ impl State {
         frame::data(&mut self.out, place.id, parts, sent);
         entry.batch.1 += sent;
         entry.first_batch.get_or_insert(self.batch);
-        entry.awaiting = true;
-        entry.unheard += sent;
+        entry.carried(true, sent);
         entry.last_payload = self.workers.sent(place.class);
         if shared {
             entry.unhanded.get_or_insert(now);

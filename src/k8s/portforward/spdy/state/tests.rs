@@ -84,7 +84,7 @@ impl Scene {
     }
 
     fn open(&mut self, port: u16) -> usize {
-        self.state.connect(port, self.now)
+        self.state.connect(port, true, self.now)
     }
 
     fn write(&mut self, key: usize, bytes: usize) -> Option<io::Result<usize>> {
