@@ -98,6 +98,8 @@ pub(super) struct Entry {
     pub(super) begun_at: Option<Instant>,
     /// What has come and was not read.
     pub(super) received: Chunks,
+    /// When some of it was last read, or the first of it came.
+    pub(super) read_at: Option<Instant>,
     /// Who waits for bytes.
     pub(super) reader: Option<Waker>,
     /// Who waits to write.
@@ -176,6 +178,11 @@ impl Entry {
         let room = MAX_TEXT.saturating_sub(self.text.len());
         self.text
             .extend_from_slice(bytes.get(..bytes.len().min(room)).unwrap_or_default());
+    }
+
+    /// Tells whether the peer has ended one of the two streams.
+    pub(super) fn heard_end(&self) -> bool {
+        self.ended_at.is_some()
     }
 
     /// Tells whether both streams have ended, or the second has had its time.

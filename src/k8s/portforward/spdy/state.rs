@@ -2,6 +2,7 @@
 //! outside, wakers go out, so that nothing here waits.
 
 mod clock;
+mod hold;
 mod input;
 mod output;
 #[cfg(test)]
@@ -25,11 +26,7 @@ use crate::k8s::portforward::spdy::chunks::{Chunk, Spare};
 use crate::k8s::portforward::spdy::entry::{Entry, Half, Ours, Outcome};
 use crate::k8s::portforward::spdy::frame::{Decoder, Encoder};
 use crate::k8s::portforward::spdy::workers::{WORKERS, Workers};
-
-/// What may wait for a slow reader that is alone on its session, before the session is read no further: TCP then slows the
-/// pod down. With neighbours, more may wait for the moment in which they finish, since all stop together.
-const ALONE: usize = 1 << 20;
-const SHARED: usize = 4 << 20;
+use hold::{Held, Pause};
 
 /// A connection that moves this much within [`BULK_SPAN`] is bulk, and keeps newcomers off its session for as long.
 const BULK: u64 = 1 << 20;
@@ -41,6 +38,11 @@ const RUN: usize = 256 << 10;
 
 /// A connection that moves this much in such a way makes more of the kind expected on its port.
 const LARGE: usize = 64 << 10;
+
+/// A session is open to newcomers while it has so many workers that take connections, and takes none for good once so many
+/// have stood still with nobody left to wait for.
+const USABLE: usize = 3;
+const LOST: usize = 2;
 
 /// Streams are spread over fresh sessions now and then: the peer keeps a little of each, and so may a load balancer.
 const MAX_OPENED: u64 = 10_000;
@@ -124,8 +126,9 @@ pub(super) struct State {
     batch: u64,
     /// Pieces for what comes.
     spare: Spare,
-    /// Reading waits for this connection's reader, since then.
-    paused: Option<(usize, Instant)>,
+    /// Why reading waits, if it does.
+    pause: Option<Pause>,
+    held: Held,
     /// Whether the session's task has passed over reading for that: then nothing of the connection wakes it.
     passed_over: bool,
     began: Instant,
@@ -181,7 +184,8 @@ impl State {
             out: Vec::new(),
             batch: 1,
             spare: Spare::default(),
-            paused: None,
+            pause: None,
+            held: Held::default(),
             passed_over: false,
             began: now,
             tick_at: None,
@@ -223,7 +227,7 @@ impl State {
         if idle && self.has_output(now) {
             return Turn::More;
         }
-        if self.passed_over && self.paused.is_none() {
+        if self.passed_over && !self.is_paused() {
             // The reader has caught up during the turn, when there was nobody to wake.
             return Turn::More;
         }
@@ -236,14 +240,25 @@ impl State {
 
     /// Tells what the session does.
     pub(super) fn load(&self, now: Instant) -> Load {
-        let healthy = |class: usize| !self.workers.is_suspect(class) && !self.workers.is_stuck(class, now);
+        let (mut stuck, mut lost, mut usable) = (0, 0, 0);
+        for class in 0..WORKERS {
+            if !self.workers.is_stuck(class, now) {
+                usable += usize::from(!self.workers.is_suspect(class));
+            } else if self.live[class] > 0 {
+                stuck += 1;
+            } else {
+                lost += 1;
+            }
+        }
+        let spoilt = lost >= LOST || lost > 0 && !self.workers.may_ask();
         let old = self.opened >= MAX_OPENED || now.duration_since(self.began) >= MAX_AGE;
-        let worn = self.ended.is_some() || self.retired || old;
+        let worn = self.ended.is_some() || self.retired || old || spoilt;
         let open = !worn
-            && self.paused.is_none()
+            && stuck == 0
+            && usable >= USABLE
+            && !self.is_paused()
             && self.backlog < RUN
-            && self.bulk_until.is_none_or(|until| until <= now)
-            && (0..WORKERS).all(healthy);
+            && self.bulk_until.is_none_or(|until| until <= now);
         Load {
             live: self.live(),
             open,
@@ -367,18 +382,10 @@ impl State {
         }
         let entry = self.connections.get_mut(key).expect("its stream holds it");
         let chunk = entry.received.pop();
-        self.backlog -= chunk.as_ref().map_or(0, |chunk| chunk.rest().len());
-        if let Some((slow, since)) = &mut self.paused
-            && *slow == key
-        {
-            *since = now;
-            if entry.received.len() < ALONE / 2 {
-                self.paused = None;
-                self.resumed(now);
-                self.wake_driver();
-            }
-        }
         if let Some(chunk) = chunk {
+            entry.read_at = Some(now);
+            self.backlog -= chunk.rest().len();
+            self.caught_up(now);
             return Poll::Ready(Ok(Some(chunk)));
         }
         let entry = self.connections.get_mut(key).expect("its stream holds it");
@@ -438,11 +445,7 @@ impl State {
             Some(place) => self.live[place.class] -= 1,
             None => self.unplaced -= 1,
         }
-        if self.paused.is_some_and(|(slow, _)| slow == key) {
-            self.paused = None;
-            self.resumed(now);
-            self.wake_driver();
-        }
+        self.caught_up(now);
         let alone = self.live() == 0;
         if alone {
             self.busy_since = None;

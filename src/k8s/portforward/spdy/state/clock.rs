@@ -9,8 +9,8 @@ use tokio::time::Instant;
 use crate::k8s::portforward::spdy::entry::Ours;
 use crate::k8s::portforward::spdy::state::State;
 
-/// How long neighbours are held up for a reader that takes nothing at all.
-const HELD_UP: Duration = Duration::from_secs(5);
+/// How long neighbours are held up, by a reader that is slow or by an application that does not read.
+pub(super) const HELD_UP: Duration = Duration::from_secs(5);
 
 /// How long payload may wait before its worker is asked whether it was handed over.
 const UNHANDED: Duration = Duration::from_secs(1);
@@ -47,7 +47,7 @@ pub(in crate::k8s::portforward) const SILENT: &str = "the server does not answer
 impl State {
     /// Returns when [`State::tick`] is to be called next.
     pub(in crate::k8s::portforward::spdy) fn deadline(&mut self, now: Instant) -> Instant {
-        let soon = !self.timed.is_empty() || self.workers.is_waiting() || self.paused.is_some();
+        let soon = !self.timed.is_empty() || self.workers.is_waiting() || self.is_paused();
         self.due = match (self.probed_at, self.asked_at) {
             // Not later because something else has happened meanwhile.
             _ if soon => *self.tick_at.get_or_insert(now + TICK),
@@ -74,19 +74,7 @@ impl State {
         for key in timed {
             self.tick_connection(key, now);
         }
-        if let Some((slow, since)) = self.paused
-            && now.duration_since(since) >= HELD_UP
-            && self.live() > 1
-        {
-            self.fail(
-                slow,
-                io::ErrorKind::ConnectionAborted,
-                "it was not read for long, and held up others",
-            );
-            self.want(slow, Ours::ResetWanted);
-            self.paused = None;
-            self.resumed(now);
-        }
+        self.tick_pause(now);
         // Workers that have become stuck or free change what may be written.
         self.release();
         self.check_alive(now);
@@ -101,7 +89,7 @@ impl State {
 
     /// Looks at one connection that waits for a time, and keeps it on the list if it still does.
     fn tick_connection(&mut self, key: usize, now: Instant) {
-        let paused = self.paused.is_some();
+        let paused = self.is_paused();
         let Some(entry) = self.connections.get_mut(key) else {
             return;
         };
@@ -129,8 +117,13 @@ impl State {
             && entry.failure.is_none()
         {
             waits = true;
-            let since = place.at.max(self.resumed_at);
-            if !paused && now.duration_since(since) >= REPLY + 4 * self.workers.round_trip() {
+            let waited = now.duration_since(place.at.max(self.resumed_at));
+            // It may still be on its way to the server; what was sent later and has been answered tells that it is not.
+            let arrived = self.workers.has_answered_after(place.at) || !self.workers.may_ask();
+            if waited >= UNHANDED && !arrived && !self.workers.is_suspect(place.class) {
+                self.workers.suspect(place.class);
+            }
+            if !paused && arrived && waited >= REPLY + 4 * self.workers.round_trip() {
                 self.fail(
                     key,
                     io::ErrorKind::TimedOut,
@@ -231,7 +224,7 @@ impl State {
         false
     }
 
-    fn fail(&mut self, key: usize, kind: io::ErrorKind, text: &str) {
+    pub(super) fn fail(&mut self, key: usize, kind: io::ErrorKind, text: &str) {
         if let Some(entry) = self.connections.get_mut(key) {
             entry.failure.get_or_insert((kind, text.into()));
             self.backlog -= entry.received.len();
@@ -243,7 +236,7 @@ impl State {
 
     /// Asks for a sign of life after a silence, and ends the session when none comes. Any byte is one.
     fn check_alive(&mut self, now: Instant) {
-        if self.paused.is_some() || self.ended.is_some() {
+        if self.is_paused() || self.ended.is_some() {
             return;
         }
         let answer = if self.asked_at.is_some() {

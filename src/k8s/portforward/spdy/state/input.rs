@@ -9,7 +9,7 @@ use crate::k8s::portforward::ports::{Behaviour, Size};
 use crate::k8s::portforward::spdy::entry::{Half, Ours, Outcome};
 use crate::k8s::portforward::spdy::frame::{Event, FrameError};
 use crate::k8s::portforward::spdy::state::output::PAIR;
-use crate::k8s::portforward::spdy::state::{ALONE, BULK, BULK_SPAN, LARGE, RUN, SHARED, State};
+use crate::k8s::portforward::spdy::state::{BULK, BULK_SPAN, LARGE, RUN, State};
 
 impl State {
     /// Takes bytes from the peer.
@@ -34,7 +34,7 @@ impl State {
 
     /// Tells the session's task whether to read.
     pub(in crate::k8s::portforward::spdy) fn is_reading(&mut self) -> bool {
-        self.passed_over = self.paused.is_some();
+        self.passed_over = self.is_paused();
         !self.passed_over
     }
 
@@ -104,7 +104,6 @@ impl State {
     }
 
     fn data(&mut self, key: usize, payload: &[u8], fin: bool, now: Instant) {
-        let neighbours = self.live() > 1;
         let Some(entry) = self.connections.get_mut(key) else {
             return;
         };
@@ -122,13 +121,7 @@ impl State {
                 *since = now;
             }
             if entry.detached.is_none() && entry.failure.is_none() {
-                entry.received.push(payload, &mut self.spare);
-                self.backlog += payload.len();
-                self.woken.extend(entry.reader.take());
-                let most = if neighbours { SHARED } else { ALONE };
-                if entry.received.len() >= most && self.paused.is_none() {
-                    self.paused = Some((key, now));
-                }
+                self.keep(key, payload, now);
             }
             self.moved(key, payload.len(), now);
         }
