@@ -30,6 +30,8 @@ pub(super) struct Driver<S> {
     unflushed: bool,
     /// Whether the connection last took nothing.
     stalled: bool,
+    /// Whether it was told that the peer understands SPDY.
+    proven: bool,
     buffer: Box<[u8]>,
     sleep: Pin<Box<Sleep>>,
 }
@@ -43,6 +45,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
             written: 0,
             unflushed: false,
             stalled: false,
+            proven: false,
             buffer: vec![0; READ].into(),
             sleep: Box::pin(tokio::time::sleep_until(Instant::now())),
         }
@@ -99,7 +102,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
         let (received, proven) = self
             .shared
             .with(|state| (state.receive(bytes, now), state.is_proven()));
-        if proven {
+        if proven && !mem::replace(&mut self.proven, true) {
             let prove = |phase: &mut Phase| {
                 let first = *phase == Phase::Unproven;
                 if first {

@@ -104,6 +104,8 @@ pub(super) struct Entry {
     pub(super) reader: Option<Waker>,
     /// Who waits to write.
     pub(super) writer: Option<Waker>,
+    /// Whether that is for room.
+    pub(super) blocked: bool,
     /// The data stream, from the pod.
     pub(super) data: Half,
     /// The error stream.

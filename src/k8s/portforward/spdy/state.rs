@@ -122,6 +122,8 @@ pub(super) struct State {
     barriers: [Option<(u32, u64, Instant)>; WORKERS],
     /// Frames for the next batch.
     out: Vec<u8>,
+    /// The last payload in it: its stream, and from where to where its frame goes.
+    last_data: Option<(u32, usize, usize)>,
     /// The batch being filled.
     batch: u64,
     /// Pieces for what comes.
@@ -132,6 +134,8 @@ pub(super) struct State {
     /// Whether the session's task has passed over reading for that: then nothing of the connection wakes it.
     passed_over: bool,
     began: Instant,
+    /// Whether payload is held back for a moment.
+    guards: bool,
     /// When to look at what waits for a time.
     tick_at: Option<Instant>,
     /// When the next tick was due.
@@ -182,12 +186,14 @@ impl State {
             opened: 0,
             barriers: [None; WORKERS],
             out: Vec::new(),
+            last_data: None,
             batch: 1,
             spare: Spare::default(),
             pause: None,
             held: Held::default(),
             passed_over: false,
             began: now,
+            guards: false,
             tick_at: None,
             due: now,
             resumed_at: now,

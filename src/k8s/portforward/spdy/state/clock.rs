@@ -28,8 +28,8 @@ const LINGER: Duration = Duration::from_secs(30);
 /// stops a worker of the peer for good. A refusal takes a few milliseconds.
 const GUARD: Duration = Duration::from_millis(20);
 
-/// How often connections that wait for a time are looked at.
-const TICK: Duration = Duration::from_millis(20);
+/// How often connections that wait for a time are looked at; sooner while payload is held back from a port.
+const TICK: Duration = Duration::from_millis(100);
 
 /// A connection is asked for a sign of life after this silence, sooner while something is under way.
 const QUIET: Duration = Duration::from_secs(5);
@@ -50,7 +50,9 @@ impl State {
         let soon = !self.timed.is_empty() || self.workers.is_waiting() || self.is_paused();
         self.due = match (self.probed_at, self.asked_at) {
             // Not later because something else has happened meanwhile.
-            _ if soon => *self.tick_at.get_or_insert(now + TICK),
+            _ if soon => *self
+                .tick_at
+                .get_or_insert(now + if self.guards { GUARD } else { TICK }),
             (Some(probed), asked) => probed + if asked.is_some() { ACTIVE_ANSWER } else { ANSWER },
             (None, Some(asked)) => asked + ACTIVE,
             (None, None) => self.heard_at + QUIET,
@@ -61,6 +63,7 @@ impl State {
     /// Does what time alone brings about.
     pub(in crate::k8s::portforward::spdy) fn tick(&mut self, now: Instant) {
         self.tick_at = None;
+        self.guards = false;
         if now.duration_since(self.due) >= JUMP && self.ended.is_none() {
             // Nobody could answer in that time; and after it, nobody may be there to.
             self.resumed(now);
@@ -106,6 +109,7 @@ impl State {
         if entry.hold && entry.replied_at.is_some() {
             entry.hold = entry.replied_at.is_some_and(|at| now.duration_since(at) < GUARD);
             waits |= entry.hold;
+            self.guards |= entry.hold;
             if !entry.hold {
                 self.woken.extend(entry.writer.take());
             }
@@ -188,7 +192,6 @@ impl State {
     /// up in the end, since their worker may stand still for as long as the other application likes. Returns whether it is
     /// still to be seen to.
     fn is_held_up(&mut self, key: usize, now: Instant) -> bool {
-        let blocked = self.blocked.contains(&key);
         let Some(entry) = self.connections.get_mut(key) else {
             return false;
         };
@@ -196,7 +199,7 @@ impl State {
             return false;
         };
         let over = entry.detached.is_some() || entry.ended_at.is_some() || entry.failure.is_some();
-        let handed = !blocked && self.workers.is_handed(place.class, entry.last_payload);
+        let handed = !entry.blocked && self.workers.is_handed(place.class, entry.last_payload);
         // With more than that, it may be its own application that does not read.
         if over || handed || entry.unheard() > SWALLOWED {
             entry.unhanded = None;

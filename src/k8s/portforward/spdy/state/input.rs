@@ -24,11 +24,16 @@ impl State {
         self.heard_at = now;
         self.asked_at = None;
         self.probed_at = None;
+        let mut freed = false;
         while let Some(event) = self.decoder.next(&mut bytes)? {
             self.proven = true;
+            // Payload from the pod makes no room for payload to it.
+            freed |= !matches!(event, Event::Data { .. });
             self.handle(&event, now);
         }
-        self.release();
+        if freed {
+            self.release();
+        }
         Ok(())
     }
 
@@ -90,6 +95,7 @@ impl State {
         }
         if held {
             self.time(key);
+            (self.guards, self.tick_at) = (true, None);
         }
     }
 

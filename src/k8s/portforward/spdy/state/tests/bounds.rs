@@ -190,3 +190,25 @@ fn a_session_is_in_use_until_its_last_connection_is_let_go_of() {
     scene.state.detach(key, scene.now);
     assert_eq!(scene.state.load(scene.now).active_at, scene.now);
 }
+
+#[test]
+fn small_writes_leave_in_one_frame_that_counts_as_one() {
+    let (mut scene, keys) = shared(2);
+    let (first, other) = (keys[0], keys[1]);
+    for _ in 0..64 {
+        assert_eq!(scene.write(first, 1 << 10).unwrap().unwrap(), 1 << 10);
+    }
+    assert!(scene.write(first, 1).is_none(), "a batch is not for one alone");
+    scene.write(other, 1).unwrap().unwrap();
+    let (id, other) = (scene.id(first), scene.id(other));
+    assert_eq!(
+        scene.written(),
+        [Wrote::Data(id, 64 << 10), Wrote::Data(other, 1)]
+    );
+    scene.write(first, 1).unwrap().unwrap();
+    assert_eq!(
+        scene.written(),
+        [Wrote::Data(id, 1)],
+        "what has left does not grow"
+    );
+}
