@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use tracing::debug;
 
 use crate::drain::Drain;
-use crate::k8s::portforward::placement::place;
+use crate::k8s::portforward::placement::{Newcomer, place};
 use crate::k8s::portforward::ports::Ports;
 use crate::k8s::portforward::spdy::{Phase, PodStream, SILENT, Session};
 use crate::k8s::portforward::{Dialed, Dialer};
@@ -57,6 +57,8 @@ struct Inner {
     failures: u32,
     paused_until: Instant,
     used_at: Instant,
+    /// How long a session takes to open at best, if any was.
+    dialed_in: Option<Duration>,
     /// Whether the cluster turned out to carry one connection at a time, and why.
     single: Option<Single>,
 }
@@ -76,6 +78,7 @@ impl Pool {
                 failures: 0,
                 paused_until: now,
                 used_at: now,
+                dialed_in: None,
                 single: None,
             }),
         }
@@ -92,12 +95,18 @@ impl Pool {
                 let now = Instant::now();
                 inner.used_at = now;
                 let loads = inner.prune();
-                let placed = place(&loads, inner.dialing, now);
-                if placed.dial && (placed.session.is_none() || inner.paused_until <= now) {
-                    self.dial(&mut inner);
+                let newcomer = Newcomer {
+                    small: self.ports.is_small(port),
+                    dialing: inner.dialing,
+                    waiting: inner.waiting.len(),
+                    dialed_in: inner.dialed_in,
+                };
+                let placed = place(&loads, newcomer, now);
+                if placed.session.is_none() || inner.paused_until <= now {
+                    (0..placed.dial).for_each(|_| self.dial(&mut inner));
                 }
                 if let Some(session) = placed.session.and_then(|index| inner.sessions.get(index)) {
-                    return Ok(Way::Stream(session.connect(port)));
+                    return Ok(Way::Stream(session.connect(port, !newcomer.small)));
                 }
                 let (ready, waiting) = oneshot::channel();
                 inner.waiting.push(ready);
@@ -188,11 +197,14 @@ struct Dialing {
 impl Dialing {
     async fn run(mut self) {
         let pool = &self.pool;
+        let begun_at = Instant::now();
         let dialed = pool.dialer.dial(&pool.pod, &pool.ports).await;
         let mut inner = pool.lock();
         let result = match dialed {
             Ok(Dialed::Session(session)) => {
                 inner.failures = 0;
+                let taken = begun_at.elapsed();
+                inner.dialed_in = Some(inner.dialed_in.map_or(taken, |least| least.min(taken)));
                 pool.watch(&session);
                 inner.sessions.push(session);
                 Ok(())
@@ -210,8 +222,11 @@ impl Dialing {
                 Err(error)
             }
         };
-        for waiting in inner.waiting.drain(..) {
-            let _ = waiting.send(result.clone());
+        // While others are being opened, the failure of one says nothing to those who wait.
+        if result.is_ok() || inner.dialing == 1 {
+            for waiting in inner.waiting.drain(..) {
+                let _ = waiting.send(result.clone());
+            }
         }
         // Under the same lock: whoever comes next must not wait for what has already been told.
         inner.dialing -= 1;

@@ -27,6 +27,7 @@ use driver::Driver;
 use state::State;
 pub(super) use state::{Load, SILENT};
 pub(super) use stream::PodStream;
+pub(super) use workers::WORKERS;
 
 /// How a session stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,9 +68,10 @@ impl Session {
         Self(shared)
     }
 
-    /// Opens a connection to a port. Nothing is waited for: a failure shows when the stream is read or written.
-    pub(super) fn connect(&self, port: u16) -> PodStream {
-        let key = self.0.lock().connect(port, Instant::now());
+    /// Opens a connection to a port. Nothing is waited for: a failure shows when the stream is read or written. `apart`: it
+    /// is to have the session for itself, as far as that is possible.
+    pub(super) fn connect(&self, port: u16, apart: bool) -> PodStream {
+        let key = self.0.lock().connect(port, apart, Instant::now());
         PodStream::new(self.0.clone(), key)
     }
 

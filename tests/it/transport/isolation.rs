@@ -1,5 +1,5 @@
-//! That no connection to a pod disturbs another, whatever happens to it (contract G4). Each test opens connections that share
-//! sessions before the trouble starts.
+//! That no connection to a pod disturbs another, whatever happens to it (contract G4). Those that share a session anyway are
+//! a crowd, which most tests open before the trouble starts.
 
 use std::time::Duration;
 
@@ -7,7 +7,13 @@ use bytes::Bytes;
 use http::{Request, StatusCode};
 use http_body_util::{BodyExt, Full};
 use kube_tunnel::config::setting;
+use kube_tunnel::drain::Drain;
+use kube_tunnel::k8s::{Carriers, Cluster, Config, PortForward};
+use kube_tunnel::privileges::Account;
+use kube_tunnel::registry::PodRef;
 use kube_tunnel::testing::{Carrier, ContainerRuntime, FakeCluster, ForwardFault, STALLED_SOCKET, Workload};
+use kube_tunnel::transport::{BoxStream, Connect, Target};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::app::{PATIENCE, TestApp, eventually};
 use crate::client::{Client, get};
@@ -24,13 +30,13 @@ struct Scene {
     app: TestApp,
 }
 
-/// A pod with idle connections to both of its ports, more on a session than the peer has workers.
+/// A pod with a crowd of idle connections to both of its ports, more on a session than the peer has workers.
 async fn scene(form: &str) -> Scene {
     let cluster = FakeCluster::start().await.unwrap();
     let workload = pod(&cluster);
     let flags = [(&setting::PORT_FORWARD, form)];
     let app = TestApp::with(&cluster.kubeconfig(), &flags).await;
-    tokio::join!(warm_up(app.address, WEB, 8), warm_up(app.address, SIDE, 8));
+    tokio::join!(warm_up(app.address, WEB, 32), warm_up(app.address, SIDE, 32));
     let counts = cluster.forwards().counts();
     assert!(
         counts.connections_open > 5 * counts.sessions_open,
@@ -53,6 +59,67 @@ impl Scene {
 
     fn bytes_from_pods(&self) -> u64 {
         self.cluster.forwards().counts().bytes_from_pods
+    }
+}
+
+/// Asks for something over a connection to the pod, and waits for the first byte of the answer.
+async fn ask(stream: &mut BoxStream, path: &str) {
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {WEB}\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    stream.read_u8().await.unwrap();
+}
+
+#[tokio::test]
+async fn readers_that_stall_do_not_touch_what_was_opened_at_the_same_moment() {
+    const STALLED: usize = 5;
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = pod(&cluster);
+    let kubeconfig = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(kubeconfig.path(), cluster.kubeconfig()).unwrap();
+    let config = Config {
+        kubeconfig: Some(kubeconfig.path().to_owned()),
+        context: None,
+        timeout: PATIENCE,
+        poll_interval: PATIENCE,
+        idle_timeout: PATIENCE,
+        carriers: Carriers::default(),
+        account: Account::default(),
+    };
+    let (kubernetes, drain) = (Cluster::load(&config).await.unwrap(), Drain::new());
+    let forward = PortForward::new(&kubernetes, config.carriers, PATIENCE, PATIENCE, &drain);
+    let target = Target {
+        pod: PodRef {
+            namespace: "shop".into(),
+            name: workload.pods[0].name.as_str().into(),
+            uid: "".into(),
+        },
+        port: 8080,
+    };
+    let connections = (0..=STALLED).map(|_| forward.connect(&target));
+    let mut streams: Vec<BoxStream> = futures_util::future::try_join_all(connections).await.unwrap();
+    let mut lively = streams.swap_remove(STALLED / 2);
+    for stalled in &mut streams {
+        ask(stalled, "/bytes/1099511627776").await;
+    }
+    // What they do not read has stopped them all: it is more than a session holds.
+    let (forwards, mut before) = (cluster.forwards(), 0);
+    eventually("the downloads stall", || {
+        let now = forwards.counts().bytes_from_pods;
+        let stands = now == before && now > (STALLED << 20) as u64;
+        before = now;
+        stands
+    })
+    .await;
+    for _ in 0..50 {
+        tokio::time::timeout(PATIENCE, ask(&mut lively, "/"))
+            .await
+            .expect("held up");
+        let mut rest = vec![0; 64 << 10];
+        let _ = lively.read(&mut rest).await.unwrap();
+    }
+    // None of them had to give way.
+    for stalled in &mut streams {
+        stalled.read_exact(&mut vec![0; 2 << 20]).await.unwrap();
     }
 }
 

@@ -36,6 +36,8 @@ pub(super) struct Driver<S> {
     stalled: bool,
     /// How often others have gone first.
     waited: u8,
+    /// Whether it was told that the peer understands SPDY.
+    proven: bool,
     buffer: Box<[u8]>,
     sleep: Pin<Box<Sleep>>,
 }
@@ -50,6 +52,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
             unflushed: false,
             stalled: false,
             waited: 0,
+            proven: false,
             buffer: vec![0; READ].into(),
             sleep: Box::pin(tokio::time::sleep_until(Instant::now())),
         }
@@ -106,7 +109,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
         let (received, proven) = self
             .shared
             .with(|state| (state.receive(bytes, now), state.is_proven()));
-        if proven {
+        if proven && !mem::replace(&mut self.proven, true) {
             let prove = |phase: &mut Phase| {
                 let first = *phase == Phase::Unproven;
                 if first {
@@ -124,13 +127,25 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
     fn exchange(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         for _ in 0..ROUNDS {
             let now = Instant::now();
-            let wrote = self.write(now, cx)?;
+            let wrote = match self.write(now, cx) {
+                Ok(wrote) => wrote,
+                Err(error) => {
+                    self.read_rest(now, cx);
+                    return Err(error);
+                }
+            };
             if !self.read(now, cx)? && !wrote {
                 return Ok(());
             }
         }
         cx.waker().wake_by_ref();
         Ok(())
+    }
+
+    /// Reads what is there already of a connection that takes nothing any more: answers may be among it. There is an end to
+    /// that, since nobody reads them meanwhile, and what waits for readers is bounded.
+    fn read_rest(&mut self, now: Instant, cx: &mut Context<'_>) {
+        while matches!(self.read(now, cx), Ok(true)) {}
     }
 
     /// Says goodbye as far as the connection takes it at once. Nothing of a connection is left that would need more.
@@ -258,6 +273,33 @@ mod tests {
         std::future::pending().await
     }
 
+    #[tokio::test]
+    async fn what_the_server_said_before_it_closed_is_read_though_it_takes_no_more() {
+        let (ours, mut theirs) = duplex(PIPE);
+        let drain = Drain::new();
+        let session = Session::start(ours, std::sync::Arc::default(), &drain);
+        let mut stream = session.connect(80, true);
+        stream.write_all(b"request").await.unwrap();
+        // The first signs of life that are asked for, and the opening with its payload.
+        let (mut opened, mut ids) = (Vec::new(), Vec::new());
+        while ids.len() < 2 || !opened.ends_with(b"request") {
+            theirs.read_buf(&mut opened).await.unwrap();
+            ids = opened
+                .windows(12)
+                .filter(|frame| frame[..4] == [0x80, 3, 0, 1])
+                .map(|frame| frame[8..].to_vec())
+                .collect();
+        }
+        let data = [&ids[1][..], &[1, 0, 0, 6], b"answer"].concat();
+        let end = [&ids[0][..], &[1, 0, 0, 0]].concat();
+        theirs.write_all(&[data, end].concat()).await.unwrap();
+        drop(theirs);
+        stream.write_all(b"more").await.unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await.unwrap();
+        assert_eq!(answer, b"answer");
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_server_that_takes_bytes_slowly_is_not_dead_until_it_takes_none() {
         let (ours, theirs) = duplex(PIPE);
@@ -266,7 +308,7 @@ mod tests {
         drain.spawn(peer(theirs, slow));
         let session = Session::start(ours, std::sync::Arc::default(), &drain);
         let begun = tokio::time::Instant::now();
-        let mut stream = session.connect(80);
+        let mut stream = session.connect(80, true);
         stream.write_all(&vec![0; 4 << 20]).await.unwrap_err();
         assert!(begun.elapsed() >= slow, "dead after {:?}", begun.elapsed());
         assert!(begun.elapsed() < slow + Duration::from_secs(7));

@@ -90,16 +90,22 @@ impl Outcome {
 pub(super) struct Entry {
     /// The pod's port.
     pub(super) port: u16,
+    /// Whether it is to have its session for itself.
+    pub(super) apart: bool,
     /// Nothing while it waits to be opened.
     pub(super) place: Option<Place>,
     /// Since when it has waited to be opened.
     pub(super) begun_at: Option<Instant>,
     /// What has come and was not read.
     pub(super) received: Chunks,
+    /// When some of it was last read, or the first of it came.
+    pub(super) read_at: Option<Instant>,
     /// Who waits for bytes.
     pub(super) reader: Option<Waker>,
     /// Who waits to write.
     pub(super) writer: Option<Waker>,
+    /// Whether that is for room.
+    pub(super) blocked: bool,
     /// The data stream, from the pod.
     pub(super) data: Half,
     /// The error stream.
@@ -124,8 +130,10 @@ pub(super) struct Entry {
     pub(super) last_payload: u64,
     /// Whether the last payload went to the pod.
     pub(super) awaiting: bool,
-    /// How much payload went to the pod since it last spoke.
-    pub(super) unheard: usize,
+    /// How much payload went that way, to the pod or from it, since any went the other way.
+    pub(super) run: usize,
+    /// Whether that has been much.
+    pub(super) large: bool,
     /// Since when payload has been waiting to be handed over.
     pub(super) unhanded: Option<Instant>,
     /// Whether the pod has sent anything.
@@ -141,6 +149,19 @@ pub(super) struct Entry {
 }
 
 impl Entry {
+    /// Notes payload that went to the pod, or came from it.
+    pub(super) fn carried(&mut self, to_pod: bool, bytes: usize) {
+        if self.awaiting != to_pod {
+            (self.awaiting, self.run) = (to_pod, 0);
+        }
+        self.run += bytes;
+    }
+
+    /// Returns how much payload went to the pod since it last spoke.
+    pub(super) fn unheard(&self) -> usize {
+        if self.awaiting { self.run } else { 0 }
+    }
+
     /// Notes that the peer's half of one of the two streams has ended.
     pub(super) fn end(&mut self, error_stream: bool, how: Half, now: Instant) {
         let half = if error_stream {
@@ -159,6 +180,11 @@ impl Entry {
         let room = MAX_TEXT.saturating_sub(self.text.len());
         self.text
             .extend_from_slice(bytes.get(..bytes.len().min(room)).unwrap_or_default());
+    }
+
+    /// Tells whether the peer has ended one of the two streams.
+    pub(super) fn heard_end(&self) -> bool {
+        self.ended_at.is_some()
     }
 
     /// Tells whether both streams have ended, or the second has had its time.

@@ -325,6 +325,12 @@ pub(super) fn data(out: &mut Vec<u8>, stream: u32, parts: &[IoSlice<'_>], length
     out.reserve(HEAD + length);
     out.extend_from_slice(&stream.to_be_bytes());
     out.extend_from_slice(&[0; 4]);
+    extend(out, start, parts, length);
+}
+
+/// Makes the DATA frame that begins at `start`, the last one, longer by the first `length` bytes of `parts`; together at most
+/// [`MAX_PAYLOAD`].
+pub(super) fn extend(out: &mut Vec<u8>, start: usize, parts: &[IoSlice<'_>], length: usize) {
     let mut left = length;
     for part in parts {
         let (taken, _) = part.split_at(left.min(part.len()));

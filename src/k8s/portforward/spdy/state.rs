@@ -2,6 +2,7 @@
 //! outside, wakers go out, so that nothing here waits.
 
 mod clock;
+mod hold;
 mod input;
 mod output;
 #[cfg(test)]
@@ -20,20 +21,28 @@ use tokio::time::Instant;
 
 pub(in crate::k8s::portforward) use clock::SILENT;
 
-use crate::k8s::portforward::ports::Ports;
+use crate::k8s::portforward::ports::{Ports, Size};
 use crate::k8s::portforward::spdy::chunks::{Chunk, Spare};
 use crate::k8s::portforward::spdy::entry::{Entry, Half, Ours, Outcome};
 use crate::k8s::portforward::spdy::frame::{Decoder, Encoder};
 use crate::k8s::portforward::spdy::workers::{WORKERS, Workers};
-
-/// What may wait for a slow reader that is alone on its session, before the session is read no further: TCP then slows the
-/// pod down. With neighbours, more may wait for the moment in which they finish, since all stop together.
-const ALONE: usize = 1 << 20;
-const SHARED: usize = 4 << 20;
+use hold::{Held, Pause};
 
 /// A connection that moves this much within [`BULK_SPAN`] is bulk, and keeps newcomers off its session for as long.
 const BULK: u64 = 1 << 20;
 const BULK_SPAN: Duration = Duration::from_secs(2);
+
+/// So is one that moves this much one way without a word the other way, be it a client's or an application's: it may be
+/// about to stall. As long as so much waits for readers, newcomers are kept off too.
+const RUN: usize = 256 << 10;
+
+/// A connection that moves this much in such a way makes more of the kind expected on its port.
+const LARGE: usize = 64 << 10;
+
+/// A session is open to newcomers while it has so many workers that take connections, and takes none for good once so many
+/// have stood still with nobody left to wait for.
+const USABLE: usize = 3;
+const LOST: usize = 2;
 
 /// Streams are spread over fresh sessions now and then: the peer keeps a little of each, and so may a load balancer.
 const MAX_OPENED: u64 = 10_000;
@@ -48,9 +57,11 @@ pub(in crate::k8s::portforward) struct Load {
     pub(in crate::k8s::portforward) open: bool,
     /// Whether it will never take any again.
     pub(in crate::k8s::portforward) worn: bool,
+    /// Whether one of them is to have it for itself.
+    pub(in crate::k8s::portforward) apart: bool,
     /// Since when it has had connections without a break.
     pub(in crate::k8s::portforward) busy_since: Option<Instant>,
-    /// When payload last moved, or the session began.
+    /// When payload last moved or a connection was let go of, or the session began.
     pub(in crate::k8s::portforward) active_at: Instant,
 }
 
@@ -99,6 +110,10 @@ pub(super) struct State {
     /// Connections in use, by worker; those without a place in the last field.
     live: [usize; WORKERS],
     unplaced: usize,
+    /// Those of them that are to have the session for themselves.
+    apart: usize,
+    /// Bytes that have come and wait for readers.
+    backlog: usize,
     /// Ids up to here are used.
     last_id: u32,
     /// How many connections were opened.
@@ -107,15 +122,20 @@ pub(super) struct State {
     barriers: [Option<(u32, u64, Instant)>; WORKERS],
     /// Frames for the next batch.
     out: Vec<u8>,
+    /// The last payload in it: its stream, and from where to where its frame goes.
+    last_data: Option<(u32, usize, usize)>,
     /// The batch being filled.
     batch: u64,
     /// Pieces for what comes.
     spare: Spare,
-    /// Reading waits for this connection's reader, since then.
-    paused: Option<(usize, Instant)>,
+    /// Why reading waits, if it does.
+    pause: Option<Pause>,
+    held: Held,
     /// Whether the session's task has passed over reading for that: then nothing of the connection wakes it.
     passed_over: bool,
     began: Instant,
+    /// Whether payload is held back for a moment.
+    guards: bool,
     /// When to look at what waits for a time.
     tick_at: Option<Instant>,
     /// When the next tick was due.
@@ -160,15 +180,20 @@ impl State {
             timed: Vec::new(),
             live: [0; WORKERS],
             unplaced: 0,
+            apart: 0,
+            backlog: 0,
             last_id: output::PROBE,
             opened: 0,
             barriers: [None; WORKERS],
             out: Vec::new(),
+            last_data: None,
             batch: 1,
             spare: Spare::default(),
-            paused: None,
+            pause: None,
+            held: Held::default(),
             passed_over: false,
             began: now,
+            guards: false,
             tick_at: None,
             due: now,
             resumed_at: now,
@@ -208,7 +233,7 @@ impl State {
         if idle && self.has_output(now) {
             return Turn::More;
         }
-        if self.passed_over && self.paused.is_none() {
+        if self.passed_over && !self.is_paused() {
             // The reader has caught up during the turn, when there was nobody to wake.
             return Turn::More;
         }
@@ -221,17 +246,30 @@ impl State {
 
     /// Tells what the session does.
     pub(super) fn load(&self, now: Instant) -> Load {
-        let healthy = |class: usize| !self.workers.is_suspect(class) && !self.workers.is_stuck(class, now);
+        let (mut stuck, mut lost, mut usable) = (0, 0, 0);
+        for class in 0..WORKERS {
+            if !self.workers.is_stuck(class, now) {
+                usable += usize::from(!self.workers.is_suspect(class));
+            } else if self.live[class] > 0 {
+                stuck += 1;
+            } else {
+                lost += 1;
+            }
+        }
+        let spoilt = lost >= LOST || lost > 0 && !self.workers.may_ask();
         let old = self.opened >= MAX_OPENED || now.duration_since(self.began) >= MAX_AGE;
-        let worn = self.ended.is_some() || self.retired || old;
+        let worn = self.ended.is_some() || self.retired || old || spoilt;
         let open = !worn
-            && self.paused.is_none()
-            && self.bulk_until.is_none_or(|until| until <= now)
-            && (0..WORKERS).all(healthy);
+            && stuck == 0
+            && usable >= USABLE
+            && !self.is_paused()
+            && self.backlog < RUN
+            && self.bulk_until.is_none_or(|until| until <= now);
         Load {
             live: self.live(),
             open,
             worn,
+            apart: self.apart > 0,
             busy_since: self.busy_since,
             active_at: self.active_at,
         }
@@ -309,14 +347,16 @@ impl State {
 
     /// Adds a connection to a port; nothing is sent yet. It may come just after the session has ended, since whoever places
     /// it here has looked before that.
-    pub(super) fn connect(&mut self, port: u16, now: Instant) -> usize {
+    pub(super) fn connect(&mut self, port: u16, apart: bool, now: Instant) -> usize {
         self.opened += 1;
+        self.apart += usize::from(apart);
         self.busy_since.get_or_insert(now);
         self.active_at = now;
         self.unplaced += 1;
         let failure = self.refuses.clone().map(|why| (io::ErrorKind::NotConnected, why));
         self.connections.insert(Entry {
             port,
+            apart,
             failure,
             ..Entry::default()
         })
@@ -348,17 +388,10 @@ impl State {
         }
         let entry = self.connections.get_mut(key).expect("its stream holds it");
         let chunk = entry.received.pop();
-        if let Some((slow, since)) = &mut self.paused
-            && *slow == key
-        {
-            *since = now;
-            if entry.received.len() < ALONE / 2 {
-                self.paused = None;
-                self.resumed(now);
-                self.wake_driver();
-            }
-        }
         if let Some(chunk) = chunk {
+            entry.read_at = Some(now);
+            self.backlog -= chunk.rest().len();
+            self.caught_up(now);
             return Poll::Ready(Ok(Some(chunk)));
         }
         let entry = self.connections.get_mut(key).expect("its stream holds it");
@@ -405,18 +438,20 @@ impl State {
             return;
         };
         entry.detached = Some(now);
+        self.backlog -= entry.received.len();
         entry.received.clear(&mut self.spare);
+        self.apart -= usize::from(entry.apart);
+        self.active_at = now;
+        if entry.heard && !entry.large {
+            self.ports.note_size(entry.port, Size::Small);
+        }
         let (awaiting, ours, place) = (entry.awaiting, entry.ours, entry.place);
         let streaming = entry.data == Half::Open && is_bulk(entry, now);
         match place {
             Some(place) => self.live[place.class] -= 1,
             None => self.unplaced -= 1,
         }
-        if self.paused.is_some_and(|(slow, _)| slow == key) {
-            self.paused = None;
-            self.resumed(now);
-            self.wake_driver();
-        }
+        self.caught_up(now);
         let alone = self.live() == 0;
         if alone {
             self.busy_since = None;

@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// How many workers the peer has.
-pub(super) const WORKERS: usize = 5;
+pub(in crate::k8s::portforward) const WORKERS: usize = 5;
 
 /// How many frames a worker's queue holds, beside the one in its hands (`spdystream: QUEUE_SIZE`).
 const QUEUE: u64 = 50;
@@ -25,6 +25,9 @@ const RESERVE: u64 = 8;
 const LIMIT: u64 = 40;
 const LIMIT_NEAR: u64 = 24;
 const NEAR: Duration = Duration::from_millis(2);
+
+/// Frames under way to a worker that is busy: more than the openings and first bytes of some connections.
+const BUSY: u64 = LIMIT_NEAR / 2;
 
 /// How long a worker's PONG may be missing while others have come, before the worker counts as stuck.
 const PATIENCE: Duration = Duration::from_millis(500);
@@ -121,14 +124,17 @@ impl Workers {
         self.workers.iter().any(due)
     }
 
+    /// Tells whether stuck workers leave room for asking all of them.
+    pub(super) fn may_ask(&self) -> bool {
+        self.workers
+            .iter()
+            .all(|worker| worker.outstanding() < QUEUE - RESERVE)
+    }
+
     /// Asks every worker how far it is: calls `send` with the ids of five PINGs. Does nothing and returns false when a stuck
     /// worker's queue has no room left for more.
     pub(super) fn round(&mut self, now: Instant, mut send: impl FnMut(u32)) -> bool {
-        if self
-            .workers
-            .iter()
-            .any(|worker| worker.outstanding() >= QUEUE - RESERVE)
-        {
+        if !self.may_ask() {
             return false;
         }
         for _ in 0..WORKERS {
@@ -167,6 +173,11 @@ impl Workers {
         self.round_trip.unwrap_or_default()
     }
 
+    /// Tells whether a PING that was sent after a time has been answered.
+    pub(super) fn has_answered_after(&self, time: Instant) -> bool {
+        self.answered > Some(time)
+    }
+
     /// Tells whether answers are missing.
     pub(super) fn is_waiting(&self) -> bool {
         !self.unanswered.is_empty()
@@ -192,14 +203,18 @@ impl Workers {
         self.workers[class % WORKERS].suspect.is_some()
     }
 
-    /// Chooses the worker for a new connection: one that can take its two opening frames, with the fewest connections.
+    /// Chooses the worker for a new connection: one that can take its two opening frames, with the fewest connections among
+    /// those that no upload keeps busy, or stands still in.
     pub(super) fn choose(&self, connections: &[usize; WORKERS], now: Instant) -> Option<usize> {
         let usable = |&class: &usize| {
             self.workers[class].outstanding() + 2 <= LIMIT
                 && !self.is_suspect(class)
                 && !self.is_stuck(class, now)
         };
-        let cost = |&class: &usize| (connections[class], self.workers[class].outstanding());
+        let cost = |&class: &usize| {
+            let outstanding = self.workers[class].outstanding();
+            (outstanding >= BUSY, connections[class], outstanding)
+        };
         (0..WORKERS).filter(usable).min_by_key(cost)
     }
 }

@@ -9,8 +9,8 @@ use tokio::time::Instant;
 use crate::k8s::portforward::spdy::entry::Ours;
 use crate::k8s::portforward::spdy::state::State;
 
-/// How long neighbours are held up for a reader that takes nothing at all.
-const HELD_UP: Duration = Duration::from_secs(5);
+/// How long neighbours are held up, by a reader that is slow or by an application that does not read.
+pub(super) const HELD_UP: Duration = Duration::from_secs(5);
 
 /// How long payload may wait before its worker is asked whether it was handed over.
 const UNHANDED: Duration = Duration::from_secs(1);
@@ -28,8 +28,8 @@ const LINGER: Duration = Duration::from_secs(30);
 /// stops a worker of the peer for good. A refusal takes a few milliseconds.
 const GUARD: Duration = Duration::from_millis(20);
 
-/// How often connections that wait for a time are looked at.
-const TICK: Duration = Duration::from_millis(20);
+/// How often connections that wait for a time are looked at; sooner while payload is held back from a port.
+const TICK: Duration = Duration::from_millis(100);
 
 /// A connection is asked for a sign of life after this silence, sooner while something is under way.
 const QUIET: Duration = Duration::from_secs(5);
@@ -47,10 +47,12 @@ pub(in crate::k8s::portforward) const SILENT: &str = "the server does not answer
 impl State {
     /// Returns when [`State::tick`] is to be called next.
     pub(in crate::k8s::portforward::spdy) fn deadline(&mut self, now: Instant) -> Instant {
-        let soon = !self.timed.is_empty() || self.workers.is_waiting() || self.paused.is_some();
+        let soon = !self.timed.is_empty() || self.workers.is_waiting() || self.is_paused();
         self.due = match (self.probed_at, self.asked_at) {
             // Not later because something else has happened meanwhile.
-            _ if soon => *self.tick_at.get_or_insert(now + TICK),
+            _ if soon => *self
+                .tick_at
+                .get_or_insert(now + if self.guards { GUARD } else { TICK }),
             (Some(probed), asked) => probed + if asked.is_some() { ACTIVE_ANSWER } else { ANSWER },
             (None, Some(asked)) => asked + ACTIVE,
             (None, None) => self.heard_at + QUIET,
@@ -61,6 +63,7 @@ impl State {
     /// Does what time alone brings about.
     pub(in crate::k8s::portforward::spdy) fn tick(&mut self, now: Instant) {
         self.tick_at = None;
+        self.guards = false;
         if now.duration_since(self.due) >= JUMP && self.ended.is_none() {
             // Nobody could answer in that time; and after it, nobody may be there to.
             self.resumed(now);
@@ -74,19 +77,7 @@ impl State {
         for key in timed {
             self.tick_connection(key, now);
         }
-        if let Some((slow, since)) = self.paused
-            && now.duration_since(since) >= HELD_UP
-            && self.live() > 1
-        {
-            self.fail(
-                slow,
-                io::ErrorKind::ConnectionAborted,
-                "it was not read for long, and held up others",
-            );
-            self.want(slow, Ours::ResetWanted);
-            self.paused = None;
-            self.resumed(now);
-        }
+        self.tick_pause(now);
         // Workers that have become stuck or free change what may be written.
         self.release();
         self.check_alive(now);
@@ -101,7 +92,7 @@ impl State {
 
     /// Looks at one connection that waits for a time, and keeps it on the list if it still does.
     fn tick_connection(&mut self, key: usize, now: Instant) {
-        let paused = self.paused.is_some();
+        let paused = self.is_paused();
         let Some(entry) = self.connections.get_mut(key) else {
             return;
         };
@@ -118,6 +109,7 @@ impl State {
         if entry.hold && entry.replied_at.is_some() {
             entry.hold = entry.replied_at.is_some_and(|at| now.duration_since(at) < GUARD);
             waits |= entry.hold;
+            self.guards |= entry.hold;
             if !entry.hold {
                 self.woken.extend(entry.writer.take());
             }
@@ -129,8 +121,13 @@ impl State {
             && entry.failure.is_none()
         {
             waits = true;
-            let since = place.at.max(self.resumed_at);
-            if !paused && now.duration_since(since) >= REPLY + 4 * self.workers.round_trip() {
+            let waited = now.duration_since(place.at.max(self.resumed_at));
+            // It may still be on its way to the server; what was sent later and has been answered tells that it is not.
+            let arrived = self.workers.has_answered_after(place.at) || !self.workers.may_ask();
+            if waited >= UNHANDED && !arrived && !self.workers.is_suspect(place.class) {
+                self.workers.suspect(place.class);
+            }
+            if !paused && arrived && waited >= REPLY + 4 * self.workers.round_trip() {
                 self.fail(
                     key,
                     io::ErrorKind::TimedOut,
@@ -195,7 +192,6 @@ impl State {
     /// up in the end, since their worker may stand still for as long as the other application likes. Returns whether it is
     /// still to be seen to.
     fn is_held_up(&mut self, key: usize, now: Instant) -> bool {
-        let blocked = self.blocked.contains(&key);
         let Some(entry) = self.connections.get_mut(key) else {
             return false;
         };
@@ -203,9 +199,9 @@ impl State {
             return false;
         };
         let over = entry.detached.is_some() || entry.ended_at.is_some() || entry.failure.is_some();
-        let handed = !blocked && self.workers.is_handed(place.class, entry.last_payload);
+        let handed = !entry.blocked && self.workers.is_handed(place.class, entry.last_payload);
         // With more than that, it may be its own application that does not read.
-        if over || handed || entry.unheard > SWALLOWED {
+        if over || handed || entry.unheard() > SWALLOWED {
             entry.unhanded = None;
             return false;
         }
@@ -217,7 +213,7 @@ impl State {
             return true;
         }
         // Nothing of what an application has not answered yet can have reached it if none was sent.
-        let kind = if entry.unheard == 0 {
+        let kind = if entry.unheard() == 0 {
             io::ErrorKind::NotConnected
         } else {
             io::ErrorKind::ConnectionAborted
@@ -231,9 +227,10 @@ impl State {
         false
     }
 
-    fn fail(&mut self, key: usize, kind: io::ErrorKind, text: &str) {
+    pub(super) fn fail(&mut self, key: usize, kind: io::ErrorKind, text: &str) {
         if let Some(entry) = self.connections.get_mut(key) {
             entry.failure.get_or_insert((kind, text.into()));
+            self.backlog -= entry.received.len();
             entry.received.clear(&mut self.spare);
             self.woken.extend(entry.reader.take());
             self.woken.extend(entry.writer.take());
@@ -242,7 +239,7 @@ impl State {
 
     /// Asks for a sign of life after a silence, and ends the session when none comes. Any byte is one.
     fn check_alive(&mut self, now: Instant) {
-        if self.paused.is_some() || self.ended.is_some() {
+        if self.is_paused() || self.ended.is_some() {
             return;
         }
         let answer = if self.asked_at.is_some() {

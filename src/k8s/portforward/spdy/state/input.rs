@@ -5,11 +5,11 @@ use std::mem;
 use tokio::time::Instant;
 
 use crate::k8s::portforward::cause;
-use crate::k8s::portforward::ports::Behaviour;
+use crate::k8s::portforward::ports::{Behaviour, Size};
 use crate::k8s::portforward::spdy::entry::{Half, Ours, Outcome};
 use crate::k8s::portforward::spdy::frame::{Event, FrameError};
 use crate::k8s::portforward::spdy::state::output::PAIR;
-use crate::k8s::portforward::spdy::state::{ALONE, BULK, BULK_SPAN, SHARED, State};
+use crate::k8s::portforward::spdy::state::{BULK, BULK_SPAN, LARGE, RUN, State};
 
 impl State {
     /// Takes bytes from the peer.
@@ -24,17 +24,22 @@ impl State {
         self.heard_at = now;
         self.asked_at = None;
         self.probed_at = None;
+        let mut freed = false;
         while let Some(event) = self.decoder.next(&mut bytes)? {
             self.proven = true;
+            // Payload from the pod makes no room for payload to it.
+            freed |= !matches!(event, Event::Data { .. });
             self.handle(&event, now);
         }
-        self.release();
+        if freed {
+            self.release();
+        }
         Ok(())
     }
 
     /// Tells the session's task whether to read.
     pub(in crate::k8s::portforward::spdy) fn is_reading(&mut self) -> bool {
-        self.passed_over = self.paused.is_some();
+        self.passed_over = self.is_paused();
         !self.passed_over
     }
 
@@ -90,6 +95,7 @@ impl State {
         }
         if held {
             self.time(key);
+            (self.guards, self.tick_at) = (true, None);
         }
     }
 
@@ -104,7 +110,6 @@ impl State {
     }
 
     fn data(&mut self, key: usize, payload: &[u8], fin: bool, now: Instant) {
-        let neighbours = self.live() > 1;
         let Some(entry) = self.connections.get_mut(key) else {
             return;
         };
@@ -116,18 +121,13 @@ impl State {
                 }
                 self.ports.note(entry.port, Behaviour::Accepts, now);
             }
-            entry.awaiting = false;
-            (entry.unheard, entry.unhanded) = (0, None);
+            entry.carried(false, payload.len());
+            entry.unhanded = None;
             if let Ours::Held(since) = &mut entry.ours {
                 *since = now;
             }
             if entry.detached.is_none() && entry.failure.is_none() {
-                entry.received.push(payload, &mut self.spare);
-                self.woken.extend(entry.reader.take());
-                let most = if neighbours { SHARED } else { ALONE };
-                if entry.received.len() >= most && self.paused.is_none() {
-                    self.paused = Some((key, now));
-                }
+                self.keep(key, payload, now);
             }
             self.moved(key, payload.len(), now);
         }
@@ -147,8 +147,11 @@ impl State {
             (*moved, *since) = (0, Some(now));
         }
         *moved += bytes as u64;
-        if *moved >= BULK {
+        if *moved >= BULK || entry.run >= RUN {
             self.bulk_until = Some(now + BULK_SPAN);
+        }
+        if entry.run >= LARGE && !mem::replace(&mut entry.large, true) {
+            self.ports.note_size(entry.port, Size::Large);
         }
     }
 

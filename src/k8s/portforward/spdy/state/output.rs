@@ -81,7 +81,11 @@ impl State {
             entry.batch = (self.batch, 0);
         }
         let room = most.saturating_sub(entry.batch.1);
-        if room == 0 || self.out.len() >= MAX_BATCH || !self.workers.credit(place.class, shared) {
+        // A frame that has not left can still grow, and counts as one.
+        let end = self.out.len();
+        let begun = self.last_data.filter(|last| (last.0, last.2) == (place.id, end));
+        let credit = begun.is_some() || self.workers.credit(place.class, shared);
+        if room == 0 || end >= MAX_BATCH || !credit {
             if shared {
                 entry.unhanded.get_or_insert(now);
                 self.time(key);
@@ -89,12 +93,17 @@ impl State {
             return self.wait(key, true, cx);
         }
         let sent = length.min(room);
-        frame::data(&mut self.out, place.id, parts, sent);
+        let start = begun.map_or(end, |(_, start, _)| start);
+        if begun.is_some() {
+            frame::extend(&mut self.out, start, parts, sent);
+        } else {
+            frame::data(&mut self.out, place.id, parts, sent);
+            entry.last_payload = self.workers.sent(place.class);
+        }
+        self.last_data = Some((place.id, start, self.out.len()));
         entry.batch.1 += sent;
         entry.first_batch.get_or_insert(self.batch);
-        entry.awaiting = true;
-        entry.unheard += sent;
-        entry.last_payload = self.workers.sent(place.class);
+        entry.carried(true, sent);
         if shared {
             entry.unhanded.get_or_insert(now);
             self.time(key);
@@ -109,10 +118,10 @@ impl State {
     fn wait(&mut self, key: usize, room: bool, cx: &Context<'_>) -> Poll<io::Result<usize>> {
         if let Some(entry) = self.connections.get_mut(key) {
             keep(&mut entry.writer, cx);
-        }
-        if room && !self.blocked.contains(&key) {
-            self.blocked.push_back(key);
-            self.wake_driver();
+            if room && !mem::replace(&mut entry.blocked, true) {
+                self.blocked.push_back(key);
+                self.wake_driver();
+            }
         }
         Poll::Pending
     }
@@ -133,6 +142,7 @@ impl State {
             return false;
         }
         mem::swap(&mut self.out, batch);
+        self.last_data = None;
         self.batch += 1;
         self.release();
         true
@@ -315,8 +325,9 @@ impl State {
                 .place
                 .is_none_or(|place| self.workers.credit(place.class, shared));
             if credit && !full && self.out.len() < MAX_BATCH {
+                entry.blocked = false;
                 self.woken.extend(entry.writer.take());
-            } else {
+            } else if entry.blocked {
                 self.blocked.push_back(key);
             }
         }

@@ -1,0 +1,167 @@
+//! Readers that do not keep up. What they leave is kept within bounds; beyond those the session is not read, which TCP passes
+//! on to the pod, and which holds up everybody on the session. So in the end the slow ones give way, judged by how long the
+//! others have been held up and not by whether a reader moves at all.
+
+use std::io;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::k8s::portforward::spdy::entry::{Entry, Ours};
+use crate::k8s::portforward::spdy::state::clock::HELD_UP;
+use crate::k8s::portforward::spdy::state::{LARGE, State};
+
+/// What may wait for a slow reader that is alone on its session, before the session is read no further: TCP then slows the
+/// pod down. With neighbours, more may wait for the moment in which they finish, since all stop together.
+pub(super) const ALONE: usize = 1 << 20;
+pub(super) const SHARED: usize = 4 << 20;
+
+/// What may wait for all readers of a session.
+pub(super) const SESSION: usize = 16 << 20;
+
+/// How long neighbours are held up if none is known to wait for anything: the pod may still want to tell them something.
+const HELD_UP_UNKNOWN: Duration = Duration::from_secs(30);
+
+/// Why the session is not read.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pause {
+    /// The connection whose reader most is left for.
+    pub(super) slowest: usize,
+    /// Up to when it has been counted how long it holds others up.
+    counted: Instant,
+}
+
+/// For how long reading has stood still since a neighbour was last heard.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    /// In all.
+    total: Duration,
+    /// While a neighbour waited for an answer.
+    awaited: Duration,
+}
+
+impl State {
+    /// Tells whether reading waits for readers.
+    pub(super) fn is_paused(&self) -> bool {
+        self.pause.is_some()
+    }
+
+    /// Keeps what has come for a connection's reader.
+    pub(super) fn keep(&mut self, key: usize, payload: &[u8], now: Instant) {
+        let most = self.most();
+        let Some(entry) = self.connections.get_mut(key) else {
+            return;
+        };
+        if entry.received.len() == 0 {
+            entry.read_at = Some(now);
+        }
+        entry.received.push(payload, &mut self.spare);
+        self.woken.extend(entry.reader.take());
+        self.backlog += payload.len();
+        let kept = entry.received.len();
+        if kept < LARGE {
+            self.held = Held::default();
+        }
+        if self.pause.is_none() && (kept >= most || self.backlog >= SESSION) {
+            let slowest = self.slowest().unwrap_or(key);
+            self.pause = Some(Pause {
+                slowest,
+                counted: now,
+            });
+        }
+    }
+
+    /// Notes that a reader has taken something, and goes on reading if enough was taken.
+    pub(super) fn caught_up(&mut self, now: Instant) {
+        let Some(pause) = self.pause else {
+            return;
+        };
+        let left = self
+            .connections
+            .get(pause.slowest)
+            .map_or(0, |entry| entry.received.len());
+        if left < self.most() / 2 && self.backlog < SESSION / 2 {
+            self.resume(now);
+        }
+    }
+
+    /// Goes on reading: the silence was our own wish.
+    pub(super) fn resume(&mut self, now: Instant) {
+        self.count(now);
+        self.pause = None;
+        self.resumed(now);
+        self.wake_driver();
+    }
+
+    /// Gives readers up once they have held up others for too long: all that have stopped, else the slowest.
+    pub(super) fn tick_pause(&mut self, now: Instant) {
+        if self.pause.is_none() || self.live() < 2 {
+            return;
+        }
+        self.count(now);
+        if self.held.total < HELD_UP {
+            return;
+        }
+        let patient = self.held.awaited < HELD_UP && self.held.total < HELD_UP_UNKNOWN;
+        let mut given_up = self.stopped(now);
+        if given_up.is_empty() && !patient {
+            given_up.extend(self.slowest());
+        }
+        for &key in &given_up {
+            self.fail(
+                key,
+                io::ErrorKind::ConnectionAborted,
+                "it was not read fast enough, and held up others",
+            );
+            self.want(key, Ours::ResetWanted);
+        }
+        if !given_up.is_empty() {
+            self.resume(now);
+            self.held = Held::default();
+        }
+    }
+
+    fn count(&mut self, now: Instant) {
+        let Some(pause) = &mut self.pause else {
+            return;
+        };
+        let time = now.duration_since(pause.counted);
+        pause.counted = now;
+        let slowest = pause.slowest;
+        let waits = |(key, entry): (usize, &Entry)| {
+            let opening = entry.begun_at.is_some() && entry.replied_at.is_none();
+            key != slowest && is_used(entry) && !entry.heard_end() && (entry.awaiting || opening)
+        };
+        self.held.total += time;
+        if self.connections.iter().any(waits) {
+            self.held.awaited += time;
+        }
+    }
+
+    /// Returns what may wait for one reader.
+    fn most(&self) -> usize {
+        if self.live() > 1 { SHARED } else { ALONE }
+    }
+
+    /// Finds the connection for whose reader most is left.
+    fn slowest(&self) -> Option<usize> {
+        let left = |entry: &Entry| entry.received.len();
+        let used = self.connections.iter().filter(|(_, entry)| is_used(entry));
+        used.max_by_key(|(_, entry)| left(entry)).map(|(key, _)| key)
+    }
+
+    /// Finds the connections whose readers leave much and have taken nothing for long.
+    fn stopped(&self, now: Instant) -> Vec<usize> {
+        let stopped = |entry: &Entry| {
+            let idle = |at| now.duration_since(at) >= HELD_UP;
+            is_used(entry) && entry.received.len() >= LARGE && entry.read_at.is_some_and(idle)
+        };
+        let keys = self.connections.iter().filter(|(_, entry)| stopped(entry));
+        keys.map(|(key, _)| key).collect()
+    }
+}
+
+/// Tells whether a connection has a user that may still get something.
+fn is_used(entry: &Entry) -> bool {
+    entry.detached.is_none() && entry.failure.is_none()
+}

@@ -1,0 +1,214 @@
+//! What one connection may take from its neighbours: time, memory, workers.
+
+use super::*;
+
+use crate::k8s::portforward::spdy::workers::WORKERS;
+
+/// A session with so many connections that the peer has taken.
+fn shared(count: usize) -> (Scene, Vec<usize>) {
+    let mut scene = Scene::new();
+    let keys: Vec<usize> = (0..count).map(|_| scene.open(80)).collect();
+    for &key in &keys {
+        scene.read(key);
+        scene.written();
+        scene.reply(key);
+    }
+    (scene, keys)
+}
+
+impl Scene {
+    /// The pod sends as much as the session reads.
+    fn fill(&mut self, key: usize) {
+        while self.state.is_reading() {
+            self.data(key, 64 << 10);
+        }
+    }
+}
+
+#[test]
+fn a_reader_that_goes_on_slowly_gives_way_to_a_neighbour_that_waits() {
+    let (mut scene, keys) = shared(2);
+    let (slow, other) = (keys[0], keys[1]);
+    scene.write(other, 10);
+    let begun = scene.now;
+    let failed = loop {
+        scene.fill(slow);
+        // Some 80 KiB/s.
+        scene.pass(Duration::from_millis(200));
+        if let Some(Err(error)) = scene.read(slow) {
+            break error;
+        }
+        assert!(scene.now - begun < Duration::from_secs(10), "held up for ever");
+    };
+    assert_eq!(failed.kind(), io::ErrorKind::ConnectionAborted);
+    assert!(scene.now - begun >= Duration::from_secs(5));
+    assert!(scene.state.is_reading());
+    assert!(scene.read(other).is_none());
+}
+
+#[test]
+fn a_reader_that_goes_on_slowly_is_let_be_while_its_neighbours_get_their_answers() {
+    let (mut scene, keys) = shared(2);
+    let (slow, other) = (keys[0], keys[1]);
+    for _ in 0..200 {
+        scene.write(other, 10);
+        scene.written();
+        scene.fill(slow);
+        while !scene.state.is_reading() {
+            scene.pass(Duration::from_millis(10));
+            scene.read(slow).unwrap().unwrap();
+        }
+        scene.data(other, 10);
+        scene.read(other).unwrap().unwrap();
+    }
+}
+
+#[test]
+fn a_reader_that_goes_on_slowly_is_let_be_for_longer_when_nobody_is_known_to_wait() {
+    let (mut scene, keys) = shared(2);
+    let begun = scene.now;
+    loop {
+        scene.fill(keys[0]);
+        scene.pass(Duration::from_millis(200));
+        if let Some(Err(_)) = scene.read(keys[0]) {
+            break;
+        }
+        assert!(scene.now - begun < Duration::from_secs(40), "held up for ever");
+    }
+    assert!(scene.now - begun >= Duration::from_secs(20));
+}
+
+#[test]
+fn what_many_stalled_readers_keep_is_bounded_and_all_of_them_give_way_at_once() {
+    let (mut scene, mut keys) = shared(101);
+    let lively = keys.pop().unwrap();
+    let mut round = keys.iter().cycle();
+    while scene.state.is_reading() {
+        scene.data(*round.next().unwrap(), 64 << 10);
+    }
+    let kept: usize = keys
+        .iter()
+        .map(|&key| scene.state.connections[key].received.len())
+        .sum();
+    assert_eq!(kept, scene.state.backlog);
+    assert!((8 << 20..=17 << 20).contains(&kept), "{kept} bytes");
+    scene.pass(Duration::from_secs(6));
+    assert_eq!(scene.state.backlog, 0);
+    for &key in &keys {
+        assert_eq!(kind(scene.read(key)), io::ErrorKind::ConnectionAborted);
+    }
+    assert!(scene.state.is_reading());
+    assert!(scene.read(lively).is_none());
+}
+
+/// Leaves a worker with a frame that nobody takes, and its connections gone.
+fn poison(scene: &mut Scene, class: usize) {
+    let stuck = u32::try_from(class).unwrap();
+    scene.state.workers.suspect(class);
+    scene.answer_pings_but(Some(stuck));
+    scene.now += Duration::from_secs(1);
+}
+
+#[test]
+fn newcomers_avoid_a_lost_worker_and_a_session_that_has_lost_two_is_replaced() {
+    let (mut scene, _) = shared(0);
+    poison(&mut scene, 3);
+    assert!(scene.is_open(), "the others are as good as ever");
+    for _ in 0..2 * WORKERS {
+        let key = scene.open(80);
+        scene.read(key);
+        scene.written();
+        assert_ne!(scene.id(key) % 5, 3);
+        scene.data(key, 1);
+        scene.state.detach(key, scene.now);
+    }
+    assert!(!scene.state.load(scene.now).worn);
+    scene.state.workers.suspect(1);
+    for frame in scene.written() {
+        if let Wrote::Ping(id) = frame
+            && ![1, 3].contains(&(id / 2 % 5))
+        {
+            let mut pong = Vec::new();
+            frame::ping(&mut pong, id);
+            scene.receive(&pong);
+        }
+    }
+    scene.now += Duration::from_secs(1);
+    assert!(scene.state.load(scene.now).worn);
+}
+
+#[test]
+fn a_lost_worker_that_leaves_no_room_for_questions_has_its_session_replaced() {
+    let (mut scene, _) = shared(0);
+    for _ in 0..60 {
+        poison(&mut scene, 3);
+        scene.state.workers.suspect(0);
+    }
+    assert!(scene.state.load(scene.now).worn);
+}
+
+#[test]
+fn a_newcomer_avoids_the_worker_that_a_stalled_upload_fills() {
+    let (mut scene, keys) = shared(WORKERS);
+    let stalled = scene.id(keys[0]) % 5;
+    scene.flood(keys[0]);
+    // The other workers have two connections each, this one has one.
+    for _ in 1..WORKERS {
+        let key = scene.open(80);
+        scene.read(key);
+        scene.written();
+        assert_ne!(scene.id(key) % 5, stalled);
+    }
+    let last = scene.open(80);
+    scene.read(last);
+    scene.written();
+    assert_ne!(scene.id(last) % 5, stalled);
+}
+
+#[test]
+fn an_opening_that_waits_in_a_slow_uplink_is_not_given_up() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.write(key, 10);
+    scene.written();
+    for _ in 0..100 {
+        // The server takes bytes all the time, and answers what came before.
+        scene.state.taken(scene.now);
+        scene.receive(&[]);
+        scene.pass(Duration::from_millis(100));
+        scene.written();
+    }
+    assert!(scene.read(key).is_none());
+    assert!(!scene.state.load(scene.now).worn);
+}
+
+#[test]
+fn a_session_is_in_use_until_its_last_connection_is_let_go_of() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.now += Duration::from_secs(60);
+    scene.state.detach(key, scene.now);
+    assert_eq!(scene.state.load(scene.now).active_at, scene.now);
+}
+
+#[test]
+fn small_writes_leave_in_one_frame_that_counts_as_one() {
+    let (mut scene, keys) = shared(2);
+    let (first, other) = (keys[0], keys[1]);
+    for _ in 0..64 {
+        assert_eq!(scene.write(first, 1 << 10).unwrap().unwrap(), 1 << 10);
+    }
+    assert!(scene.write(first, 1).is_none(), "a batch is not for one alone");
+    scene.write(other, 1).unwrap().unwrap();
+    let (id, other) = (scene.id(first), scene.id(other));
+    assert_eq!(
+        scene.written(),
+        [Wrote::Data(id, 64 << 10), Wrote::Data(other, 1)]
+    );
+    scene.write(first, 1).unwrap().unwrap();
+    assert_eq!(
+        scene.written(),
+        [Wrote::Data(id, 1)],
+        "what has left does not grow"
+    );
+}
