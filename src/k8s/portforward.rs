@@ -32,7 +32,7 @@ pub use carrier::Carriers;
 use dial::Dialer;
 use memory::Memory;
 use pool::Way;
-use pools::Pools;
+pub(in crate::k8s) use pools::Pools;
 
 /// Opens connections to pods.
 pub struct PortForward {
@@ -76,6 +76,11 @@ impl PortForward {
             pools.close();
         });
         this
+    }
+
+    /// Returns the sessions, for whoever learns that a pod is ending.
+    pub(in crate::k8s) fn pools(&self) -> Pools {
+        self.pools.clone()
     }
 
     async fn open(&self, target: &Target) -> Result<BoxStream, ConnectError> {

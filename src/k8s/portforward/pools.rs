@@ -13,7 +13,7 @@ use crate::registry::PodRef;
 
 /// The pools of all pods in use. Clones share them.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Pools(Arc<Mutex<Inner>>);
+pub(in crate::k8s) struct Pools(Arc<Mutex<Inner>>);
 
 #[derive(Debug, Default)]
 struct Inner {
@@ -31,6 +31,15 @@ impl Pools {
         }
         let new = || Arc::new(Pool::new(pod.clone(), dialer.clone(), drain.clone()));
         Some(inner.by_pod.entry(pod.clone()).or_insert_with(new).clone())
+    }
+
+    /// Gives up what leads to a pod that is ending or gone: no connection goes there any more, and its sessions end with
+    /// those they have.
+    pub(in crate::k8s) fn leave(&self, pod: &PodRef) {
+        let left = self.lock().by_pod.remove(pod);
+        if let Some(pool) = left {
+            pool.close();
+        }
     }
 
     /// Closes what is unused.

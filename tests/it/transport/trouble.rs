@@ -12,6 +12,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::app::{PATIENCE, TestApp, eventually, web};
+use crate::backends::{behind, scripted};
 use crate::client::{Client, fetch, get};
 use crate::transport::{FEW, WEB, pod, submit};
 
@@ -208,4 +209,36 @@ async fn a_session_that_is_being_opened_does_not_hold_up_the_end() {
         "{:?}",
         before.elapsed()
     );
+}
+
+#[tokio::test]
+async fn the_sessions_to_a_pod_that_ends_do_so_with_their_connections() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let (address, _) = scripted(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok").await;
+    for ending in [FakeCluster::terminate_pod, FakeCluster::delete_pod] {
+        let workload = behind(&cluster, address);
+        let app = TestApp::start(&cluster).await;
+        assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
+        let forwards = cluster.forwards();
+        forwards.until(|counts| counts.sessions_open == 2).await;
+        assert!(ending(&cluster, "shop", &workload.pods[0].name));
+        let ended = forwards.until(|counts| counts.sessions_open == 0);
+        assert!(tokio::time::timeout(PATIENCE, ended).await.is_ok());
+        app.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_stream_from_a_pod_that_ends_is_not_cut_off() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = pod(&cluster);
+    let app = TestApp::start(&cluster).await;
+    let mut client = Client::http1(app.address).await;
+    let events = client.send(get(WEB, "/sse?count=20&interval_ms=50")).await;
+    cluster.forwards().until(|counts| counts.sessions_open == 2).await;
+    assert!(cluster.terminate_pod("shop", &workload.pods[0].name));
+    // The one that was kept ready goes at once.
+    cluster.forwards().until(|counts| counts.sessions_open == 1).await;
+    let body = events.into_body().collect().await.unwrap().to_bytes();
+    assert_eq!(body.windows(5).filter(|window| window == b"data:").count(), 20);
 }
