@@ -48,10 +48,6 @@ impl App {
 
         let (clients, background) = (Drain::new(), Drain::new());
         let (registry, writer, interests) = registry::channel(config.resolve_timeout);
-        let discovery = Discovery::new(cluster.clone(), &config.k8s, writer);
-        let broken = CancellationToken::new();
-        let discovering = discovery.run(interests, background.clone());
-        background.spawn(essential(discovering, broken.clone()));
         let forward = Arc::new(PortForward::new(
             &cluster,
             config.k8s.carriers,
@@ -59,6 +55,10 @@ impl App {
             config.k8s.idle_timeout,
             &background,
         ));
+        let discovery = Discovery::new(cluster, &config.k8s, writer, &forward);
+        let broken = CancellationToken::new();
+        let discovering = discovery.run(interests, background.clone());
+        background.spawn(essential(discovering, broken.clone()));
         let proxy = Proxy::new(
             listener,
             &config.proxy,

@@ -4,6 +4,7 @@
 
 mod client;
 mod convert;
+mod credentials;
 mod discovery;
 mod error;
 mod follow;

@@ -17,9 +17,9 @@ use kube::client::{ClientBuilder, ConfigExt};
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Client, Config as KubeConfig};
 use tower::timeout::TimeoutLayer;
-use tower::util::MapRequestLayer;
 use tower::{BoxError, ServiceBuilder, ServiceExt};
 
+use crate::k8s::credentials::Authenticated;
 use crate::k8s::error::{self, Kind};
 use crate::k8s::portforward::Carriers;
 use crate::k8s::token_file::TokenFile;
@@ -291,16 +291,16 @@ where
     let http = HttpClient::builder(TokioExecutor::new())
         .pool_timer(hyper_util::rt::TokioTimer::new())
         .build(https);
-    let service = ServiceBuilder::new()
-        // A plugin that hangs while it renews the credentials would otherwise hold every call for ever.
-        .layer(TimeoutLayer::new(timeout + PLUGIN_PATIENCE))
-        .layer(config.base_uri_layer())
-        .option_layer(config.auth_layer()?)
-        .option_layer(token_file.map(|token| MapRequestLayer::new(move |request| token.authorize(request))))
+    let bare = ServiceBuilder::new()
         .layer(config.extra_headers_layer()?)
         // Ends with the response's headers, so it bounds lists, watches and upgrades without cutting their streams.
         .layer(TimeoutLayer::new(timeout))
         .service(http.map_err(BoxError::from));
+    let service = ServiceBuilder::new()
+        // A plugin that hangs while it renews the credentials would otherwise hold every call for ever.
+        .layer(TimeoutLayer::new(timeout + PLUGIN_PATIENCE))
+        .layer(config.base_uri_layer())
+        .service(Authenticated::new(config, token_file, bare)?);
     Ok(ClientBuilder::new(service, config.default_namespace.clone()).build())
 }
 

@@ -18,6 +18,7 @@ use crate::drain::Drain;
 use crate::k8s::discovery::follower::Follower;
 use crate::k8s::discovery::followers::Followers;
 use crate::k8s::follow::Pace;
+use crate::k8s::portforward::{Pools, PortForward};
 use crate::k8s::{Cluster, Config};
 use crate::name::ServiceName;
 use crate::registry::{Interest, LookupError, LookupErrorKind, Writer};
@@ -36,14 +37,16 @@ pub struct Discovery {
     pace: Pace,
     idle_timeout: Duration,
     writer: Arc<Writer>,
+    /// The port-forwards, which are told of pods that end.
+    pools: Pools,
     /// How many Services are followed at most.
     limit: usize,
 }
 
 impl Discovery {
-    /// Makes the server of `writer`'s interests.
+    /// Makes the server of `writer`'s interests. It tells `forward` which pods end or are gone.
     #[must_use]
-    pub fn new(cluster: Cluster, config: &Config, writer: Writer) -> Self {
+    pub fn new(cluster: Cluster, config: &Config, writer: Writer, forward: &PortForward) -> Self {
         Self {
             cluster,
             pace: Pace {
@@ -52,6 +55,7 @@ impl Discovery {
             },
             idle_timeout: config.idle_timeout,
             writer: Arc::new(writer),
+            pools: forward.pools(),
             limit: MAX_FOLLOWED,
         }
     }
@@ -102,8 +106,17 @@ impl Discovery {
     fn follow(&self, service: ServiceName, followers: &mut Followers) {
         followers.spawn(service.clone(), |recheck| {
             let client = &self.cluster.client;
-            let writer = self.writer.clone();
-            Follower::new(client, service, self.pace, self.idle_timeout, recheck, writer).run()
+            let (writer, pools) = (self.writer.clone(), self.pools.clone());
+            Follower::new(
+                client,
+                service,
+                self.pace,
+                self.idle_timeout,
+                recheck,
+                writer,
+                pools,
+            )
+            .run()
         });
     }
 

@@ -4,7 +4,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use http::Request;
@@ -50,7 +50,7 @@ impl TokenFile {
     /// Sets the token of a request. A file that has gone away or is being written leaves the last token in use, and is read
     /// again for the next request (as in client-go, kubernetes/kubernetes#68164).
     pub(super) fn authorize<B>(&self, mut request: Request<B>) -> Request<B> {
-        let mut cached = self.cached.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut cached = self.lock();
         if (cached.header.is_none() || cached.read.elapsed() >= PERIOD)
             && let Ok(header) = read(&self.path)
         {
@@ -63,6 +63,25 @@ impl TokenFile {
             request.headers_mut().insert(AUTHORIZATION, header.clone());
         }
         request
+    }
+
+    /// Reads the file before its time: the token was refused. Returns whether it holds another one than before.
+    pub(super) fn renew(&self) -> bool {
+        let mut cached = self.lock();
+        match read(&self.path) {
+            Ok(header) if cached.header.as_ref() != Some(&header) => {
+                *cached = Cached {
+                    header: Some(header),
+                    read: Instant::now(),
+                };
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Cached> {
+        self.cached.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -98,6 +117,17 @@ mod tests {
         assert_eq!(sent(&token), "Bearer second");
         drop(file);
         tokio::time::advance(PERIOD).await;
+        assert_eq!(sent(&token), "Bearer second");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_token_that_was_refused_is_read_again_at_once() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), "first\n").unwrap();
+        let token = TokenFile::open(file.path()).unwrap();
+        assert!(!token.renew(), "there is no other");
+        fs::write(file.path(), "second\n").unwrap();
+        assert!(token.renew());
         assert_eq!(sent(&token), "Bearer second");
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE};
+use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
@@ -42,9 +42,13 @@ pub(super) struct Connection {
 /// Answers one request.
 pub(super) async fn answer(connection: Arc<Connection>, request: Request<Incoming>) -> Response<Body> {
     pause(connection.cluster.faults.api_latency()).await;
-    route(&connection, request)
-        .await
-        .unwrap_or_else(|failure| json_response(failure.code, &failure.body))
+    route(&connection, request).await.unwrap_or_else(|failure| {
+        let mut response = json_response(failure.code, &failure.body);
+        if let Some(seconds) = failure.retry_after() {
+            response.headers_mut().insert(RETRY_AFTER, seconds.into());
+        }
+        response
+    })
 }
 
 async fn route(connection: &Connection, request: Request<Incoming>) -> Result<Response<Body>, Failure> {

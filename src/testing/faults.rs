@@ -36,8 +36,10 @@ struct Inner {
     close_grace: Duration,
     /// After how much silence a port-forward ends, if not as the runtime has it.
     idle_timeout: Option<Duration>,
-    /// Carriers whose upgrades are refused.
-    refused_carriers: Vec<Carrier>,
+    /// Carriers whose upgrades are refused, and how.
+    refused_carriers: Vec<(Carrier, StatusCode)>,
+    /// Upgrades are answered 429, with so many seconds to wait.
+    busy: Option<u64>,
     /// Carriers whose connections swallow all bytes.
     black_holes: Vec<Carrier>,
     /// Wait before each SYN_REPLY.
@@ -73,6 +75,8 @@ pub enum ForwardFault {
     Runtime(String),
     /// The upgrade is answered with this status.
     Upgrade(StatusCode),
+    /// The upgrade is not answered at all, as if the pod's node were dead.
+    Unanswered,
 }
 
 /// A way port-forward bytes are carried through the API server.
@@ -95,6 +99,7 @@ impl Inner {
             close_grace: CLOSE_GRACE,
             idle_timeout: None,
             refused_carriers: Vec::new(),
+            busy: None,
             black_holes: Vec::new(),
             reply_delay: Duration::ZERO,
             drop_pongs: false,
@@ -143,7 +148,19 @@ impl Faults {
 
     /// Answers upgrades to a carrier with 403, as a proxy in front of the API server may.
     pub fn refuse_carrier(&self, carrier: Carrier, refuse: bool) {
-        switch(&mut self.lock().refused_carriers, carrier, refuse);
+        self.answer_carrier(carrier, refuse.then_some(StatusCode::FORBIDDEN));
+    }
+
+    /// Answers upgrades to a carrier with this status, as proxies do in their many ways; `None` lets them through.
+    pub fn answer_carrier(&self, carrier: Carrier, status: Option<StatusCode>) {
+        let refused = &mut self.lock().refused_carriers;
+        refused.retain(|&(known, _)| known != carrier);
+        refused.extend(status.map(|status| (carrier, status)));
+    }
+
+    /// Answers every upgrade with 429 and a Retry-After of so many seconds, as a server with too much to do does.
+    pub fn set_busy(&self, retry_after: Option<u64>) {
+        self.lock().busy = retry_after;
     }
 
     /// Swallows the bytes of a carrier's sessions both ways with their connections open, as a proxy may that does not
@@ -226,8 +243,14 @@ impl Faults {
         self.lock().close_grace
     }
 
-    pub(super) fn refuses(&self, carrier: Carrier) -> bool {
-        self.lock().refused_carriers.contains(&carrier)
+    pub(super) fn refuses(&self, carrier: Carrier) -> Option<StatusCode> {
+        let inner = self.lock();
+        let refused = inner.refused_carriers.iter().find(|(known, _)| *known == carrier);
+        refused.map(|&(_, status)| status)
+    }
+
+    pub(super) fn busy(&self) -> Option<u64> {
+        self.lock().busy
     }
 
     pub(super) fn swallows(&self, carrier: Carrier) -> bool {

@@ -50,7 +50,11 @@ pub(super) async fn upgrade(
     let name = target.name.as_deref().unwrap_or_default();
     pause(cluster.faults.upgrade_delay()).await;
     let not_found = || Failure::not_found(target.kind, name);
+    if let Some(seconds) = cluster.faults.busy() {
+        return Err(Failure::busy(seconds));
+    }
     match cluster.faults.forward(namespace, name) {
+        Some(ForwardFault::Unanswered) => std::future::pending().await,
         Some(ForwardFault::PodGone) => return Err(not_found()),
         Some(ForwardFault::Upgrade(code)) => {
             let message = format!("error dialing backend: upgrade answered with {code}");
@@ -72,12 +76,8 @@ pub(super) async fn upgrade(
         "websocket" => websocket_response(headers)?,
         _ => return Err(Failure::bad_request("Upgrade request required")),
     };
-    if cluster.faults.refuses(carrier) {
-        return Err(Failure::new(
-            StatusCode::FORBIDDEN,
-            "Forbidden",
-            "upgrade not allowed",
-        ));
+    if let Some(status) = cluster.faults.refuses(carrier) {
+        return Err(Failure::new(status, "Forbidden", "upgrade not allowed"));
     }
     let ports = match carrier {
         Carrier::Spdy | Carrier::Tunnel => Vec::new(),

@@ -23,6 +23,22 @@ impl Failure {
         }
     }
 
+    /// 429: come back in so many seconds (`apimachinery:pkg/api/errors/errors.go`, NewTooManyRequests).
+    pub(super) fn busy(seconds: u64) -> Self {
+        let code = StatusCode::TOO_MANY_REQUESTS;
+        let message = "too many requests, please try again later";
+        let details = json!({"retryAfterSeconds": seconds});
+        Self {
+            code,
+            body: status(code, "TooManyRequests", message, Some(&details)),
+        }
+    }
+
+    /// How many seconds the client is asked to wait.
+    pub(super) fn retry_after(&self) -> Option<u64> {
+        self.body["details"]["retryAfterSeconds"].as_u64()
+    }
+
     /// 401: no credentials, or credentials that are not known (any more).
     pub(super) fn unauthorized() -> Self {
         Self::new(StatusCode::UNAUTHORIZED, "Unauthorized", "Unauthorized")

@@ -3,6 +3,7 @@
 use std::fs;
 use std::net::SocketAddr;
 use std::process::Stdio;
+use std::time::Duration;
 
 use http::StatusCode;
 use kube_tunnel::testing::{FakeCluster, Identity, Workload};
@@ -13,6 +14,10 @@ use tokio::sync::mpsc;
 use crate::app::{TestApp, web};
 use crate::client::fetch;
 use crate::program::{Lines, Running, path, program};
+use crate::transport::submit;
+
+/// How often refused credentials are renewed.
+const RENEWAL: Duration = Duration::from_secs(10);
 
 const WEB: &str = "web.shop.svc.cluster.local";
 
@@ -121,6 +126,77 @@ async fn a_token_is_read_from_a_file() {
     let app = TestApp::with(&with_user(&cluster.kubeconfig(), &user), &[]).await;
     assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
     assert!(cluster.calls().iter().any(|call| call.user == "file"));
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn credentials_that_are_refused_are_renewed_and_the_request_does_not_notice() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let (token, plugin) = (folder.path().join("token"), folder.path().join("plugin"));
+    // It does not say when its token expires.
+    let credential = r#"{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential","status":{"token":"'$(cat TOKEN)'"}}"#;
+    let script = format!("#!/bin/sh\necho '{credential}'\n").replace("TOKEN", &token.display().to_string());
+    fs::write(&plugin, script).unwrap();
+    fs::set_permissions(&plugin, fs::Permissions::from_mode(0o755)).unwrap();
+    let users = [
+        format!(
+            "exec:\n  apiVersion: client.authentication.k8s.io/v1\n  command: {}\n  interactiveMode: Never",
+            plugin.display()
+        ),
+        format!("tokenFile: {}", token.display()),
+    ];
+    for user in users {
+        let (cluster, _workload) = cluster().await;
+        cluster.add_token("before", "token-before");
+        cluster.add_token("after", "token-after");
+        fs::write(&token, "token-before").unwrap();
+        let app = TestApp::with(&with_user(&cluster.kubeconfig(), &user), &[]).await;
+        assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
+        cluster.expire_token("token-before");
+        cluster.restart();
+        // As long as there are no others, it is told.
+        assert_eq!(
+            submit(app.address, WEB, "/").await.status,
+            StatusCode::UNAUTHORIZED
+        );
+        fs::write(&token, "token-after").unwrap();
+        tokio::time::pause();
+        tokio::time::advance(RENEWAL).await;
+        tokio::time::resume();
+        let reply = submit(app.address, WEB, "/").await;
+        assert_eq!(reply.status, StatusCode::OK, "{user}: {}", reply.text());
+        assert!(cluster.calls().iter().any(|call| call.user == "after"));
+    }
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_plugin_whose_credentials_are_refused_is_not_asked_for_each_request() {
+    use std::os::unix::fs::PermissionsExt;
+    let (cluster, _workload) = cluster().await;
+    cluster.add_token("plugin", "plugin-token");
+    let folder = tempfile::tempdir().unwrap();
+    let (asked, plugin) = (folder.path().join("asked"), folder.path().join("plugin"));
+    let credential = r#"{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential","status":{"token":"plugin-token"}}"#;
+    let script = format!("#!/bin/sh\necho >> {}\necho '{credential}'\n", asked.display());
+    fs::write(&plugin, script).unwrap();
+    fs::set_permissions(&plugin, fs::Permissions::from_mode(0o755)).unwrap();
+    let user = format!(
+        "exec:\n  apiVersion: client.authentication.k8s.io/v1\n  command: {}\n  interactiveMode: Never",
+        plugin.display()
+    );
+    let app = TestApp::with(&with_user(&cluster.kubeconfig(), &user), &[]).await;
+    let times = || fs::read_to_string(&asked).unwrap().lines().count();
+    let before = times();
+    cluster.expire_token("plugin-token");
+    for service in ["one.shop", "two.shop", "three.shop", "four.shop"] {
+        assert_eq!(
+            fetch(app.address, service, "/").await.status,
+            StatusCode::UNAUTHORIZED
+        );
+    }
+    assert_eq!(times(), before + 1);
 }
 
 #[tokio::test]

@@ -6,6 +6,7 @@ mod isolation;
 mod robustness;
 mod runtimes;
 mod silence;
+mod trouble;
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -69,7 +70,7 @@ fn post(host: &str, path: &str) -> Request<Full<bytes::Bytes>> {
 }
 
 /// Sends one POST on a connection of its own.
-async fn submit(proxy: SocketAddr, host: &str, path: &str) -> Reply {
+pub(crate) async fn submit(proxy: SocketAddr, host: &str, path: &str) -> Reply {
     Reply::read(Client::http1(proxy).await.send(post(host, path)).await).await
 }
 

@@ -1,5 +1,7 @@
 //! Follows one Service: joins the Service and its endpoints to the answer that readers get, for as long as somebody asks.
 
+use std::collections::BTreeMap;
+use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,8 +17,9 @@ use crate::k8s::discovery::NEGATIVE_TTL;
 use crate::k8s::error::{self, Kind};
 use crate::k8s::follow::{Following, Pace, Recheck, Selection, follow};
 use crate::k8s::outage::{Outage, Source};
+use crate::k8s::portforward::Pools;
 use crate::name::ServiceName;
-use crate::registry::{LookupError, LookupErrorKind, ServiceKind, View, Writer};
+use crate::registry::{Endpoint, LookupError, LookupErrorKind, PodRef, ServiceKind, View, Writer};
 
 /// The label by which EndpointSlices name their Service (discovery/v1).
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
@@ -69,6 +72,10 @@ pub(super) struct Follower {
     /// Why EndpointSlices cannot be read.
     refused: Option<LookupError>,
     loads: Loads,
+    /// The pods as last seen, and whether they were ending.
+    pods_seen: BTreeMap<PodRef, bool>,
+    /// Who is told of those that end.
+    pools: Pools,
     told: Told,
     /// What fails since a view was told.
     outage: Outage,
@@ -89,6 +96,7 @@ impl Follower {
         idle_timeout: Duration,
         recheck: Recheck,
         writer: Arc<Writer>,
+        pools: Pools,
     ) -> Self {
         let namespace = name.namespace();
         let services: Api<KubeService> = Api::namespaced(client.clone(), namespace);
@@ -107,6 +115,8 @@ impl Follower {
             listed: None,
             refused: None,
             loads: Loads::new(),
+            pods_seen: BTreeMap::new(),
+            pools,
             told: Told::Nothing,
             outage: Outage::default(),
             name,
@@ -205,9 +215,12 @@ impl Follower {
         let Some(object) = &self.object else { return };
         let Some(object) = object else {
             let (name, namespace) = (self.name.name(), self.name.namespace());
+            let message = format!("services {name:?} not found in namespace {namespace:?}");
+            // Its pods mostly go with it, and nobody watches them now.
+            self.see_off(&[]);
             return self.tell(Err(LookupError {
                 kind: LookupErrorKind::NotFound,
-                message: format!("services {name:?} not found in namespace {namespace:?}"),
+                message,
             }));
         };
         let service = convert::service(self.name.clone(), object);
@@ -231,12 +244,31 @@ impl Follower {
             Some(Listed::Slices(slices)) => convert::podless(slices),
             _ => Vec::new(),
         };
+        self.see_off(&endpoints);
         self.tell(Ok(View {
             service,
             endpoints,
             podless,
             served: false,
         }));
+    }
+
+    /// Has the port-forwards to pods given up that end or are gone. A pod that only leaves the Service gets new ones where
+    /// another Service leads to it.
+    fn see_off(&mut self, endpoints: &[Arc<Endpoint>]) {
+        let now = endpoints.iter();
+        let now = now.map(|endpoint| (endpoint.pod.clone(), endpoint.terminating));
+        let before = mem::replace(&mut self.pods_seen, now.collect());
+        for (pod, was_ending) in before {
+            if self
+                .pods_seen
+                .get(&pod)
+                .is_none_or(|&ending| ending && !was_ending)
+            {
+                debug!(%pod, service = %self.name, "the pod ends; its port-forwards take no more connections");
+                self.pools.leave(&pod);
+            }
+        }
     }
 
     fn tell(&mut self, answer: Result<View, LookupError>) {

@@ -1,12 +1,11 @@
-//! How port-forwards get through the API server: as SPDY, as SPDY inside a WebSocket, or as WebSocket channels; which of them
-//! works is found out and remembered.
+//! How port-forwards get through the API server: as SPDY, as SPDY inside a WebSocket, or as WebSocket channels; what a refusal
+//! of one of them means.
 
 use std::str::FromStr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, UPGRADE};
+use http::header::{CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER, UPGRADE};
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Limited};
 use hyper::upgrade::Upgraded;
@@ -18,7 +17,7 @@ use crate::k8s::error::{self, Kind};
 use crate::k8s::portforward::cause;
 use crate::k8s::portforward::tunnel::handshake::Handshake;
 use crate::registry::PodRef;
-use crate::transport::ConnectError;
+use crate::transport::{ConnectError, io_cause};
 
 /// The protocol of a port-forward's streams (`apimachinery:pkg/util/portforward/constants.go`).
 const STREAM_PROTOCOL: &str = "portforward.k8s.io";
@@ -27,6 +26,9 @@ const SPDY: &str = "SPDY/3.1";
 
 /// How much of a refusal's text is read.
 const MAX_REFUSAL: usize = 64 << 10;
+
+/// How long to wait for a server that has too much to do and does not say how long.
+const BUSY: Duration = Duration::from_secs(1);
 
 /// A form of port-forward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,7 +75,8 @@ impl Carriers {
         }
     }
 
-    fn order(self) -> &'static [Carrier] {
+    /// Returns the forms that are allowed, the best first.
+    pub(super) fn order(self) -> &'static [Carrier] {
         match self {
             Self::Auto => &[Carrier::Spdy, Carrier::Tunnel, Carrier::Channel],
             Self::Spdy => &[Carrier::Spdy],
@@ -102,81 +105,50 @@ impl FromStr for Carriers {
     }
 }
 
-/// What is known of a cluster's forms.
-#[derive(Debug)]
-pub(super) struct Memory {
-    wanted: Carriers,
-    known: Mutex<Option<Known>>,
-}
-
-/// The form that worked last.
-#[derive(Debug, Clone, Copy)]
-struct Known {
-    carrier: Carrier,
-    /// Whether nothing has spoken against it since.
-    sure: bool,
-}
-
-impl Memory {
-    pub(super) fn new(wanted: Carriers) -> Self {
-        Self {
-            wanted,
-            known: Mutex::new(None),
-        }
-    }
-
-    /// Returns what the user wants.
-    pub(super) fn wanted(&self) -> Carriers {
-        self.wanted
-    }
-
-    /// Returns the forms to try, the one that worked last before the others.
-    pub(super) fn order(&self) -> Vec<Carrier> {
-        let last = self.lock().map(|known| known.carrier);
-        let rest = self
-            .wanted
-            .order()
-            .iter()
-            .copied()
-            .filter(|&carrier| Some(carrier) != last);
-        last.into_iter().chain(rest).collect()
-    }
-
-    /// Tells whether a form is sure to work.
-    pub(super) fn works(&self, carrier: Carrier) -> bool {
-        self.lock()
-            .is_some_and(|known| known.carrier == carrier && known.sure)
-    }
-
-    /// Remembers that a form works.
-    pub(super) fn note(&self, carrier: Carrier) {
-        *self.lock() = Some(Known { carrier, sure: true });
-    }
-
-    /// Has the form that worked last prove itself again: the way to the server may be another one now.
-    pub(super) fn doubt(&self) {
-        if let Some(known) = &mut *self.lock() {
-            known.sure = false;
-        }
-    }
-
-    /// Begins again with the best form.
-    pub(super) fn forget(&self) {
-        *self.lock() = None;
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<Known>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 /// Why there is no upgraded connection.
 #[derive(Debug)]
 pub(super) struct Refusal {
     /// What it means.
     pub(super) error: ConnectError,
-    /// Whether another form might fare better.
-    pub(super) form: bool,
+    /// What it says of the form and of the server.
+    pub(super) verdict: Verdict,
+}
+
+/// What a refusal says of the form that was tried, and of the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// The form is not to be had here; another may be.
+    Form,
+    /// Either that, or somebody on the way is in trouble for a moment.
+    Doubtful,
+    /// It is about the pod or about us: every form would meet it.
+    Final,
+    /// Nothing was answered in time. The node may be dead, and the API server well.
+    Silent,
+    /// The API server cannot be reached.
+    Unreachable,
+    /// The API server asks us to wait.
+    Busy(Duration),
+}
+
+impl Refusal {
+    /// Reads the failure of a call that got no answer, or an answer that kube has read.
+    pub(super) fn of_call(error: &kube::Error) -> Self {
+        Self {
+            error: connect_error(error),
+            verdict: verdict(error),
+        }
+    }
+
+    /// Nothing was answered within `timeout`.
+    pub(super) fn silent(timeout: Duration) -> Self {
+        Self {
+            error: ConnectError::Unreachable(format!(
+                "the API server did not open a port-forward within {timeout:?}"
+            )),
+            verdict: Verdict::Silent,
+        }
+    }
 }
 
 /// Upgrades one connection to a pod.
@@ -186,16 +158,23 @@ pub(super) async fn upgrade(
     pod: &PodRef,
     timeout: Duration,
 ) -> Result<TokioIo<Upgraded>, Refusal> {
-    let upgrading = async {
-        let handshake = Handshake::new();
-        let request = match carrier {
-            Carrier::Spdy => spdy_request(pod),
-            Carrier::Tunnel | Carrier::Channel => tunnel_request(pod, &handshake),
-        };
-        let response = client.send(request).await.map_err(|error| Refusal {
-            error: connect_error(&error),
-            form: false,
+    let handshake = Handshake::new();
+    let request = match carrier {
+        Carrier::Spdy => spdy_request(pod),
+        Carrier::Tunnel | Carrier::Channel => tunnel_request(pod, &handshake),
+    };
+    // The client bounds the wait for the headers itself, without the time that new credentials take.
+    let response = client
+        .send(request)
+        .await
+        .map_err(|error| match verdict(&error) {
+            Verdict::Silent => Refusal::silent(timeout),
+            verdict => Refusal {
+                error: connect_error(&error),
+                verdict,
+            },
         })?;
+    let upgrading = async {
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
             return Err(refusal(response).await);
         }
@@ -207,23 +186,17 @@ pub(super) async fn upgrade(
         };
         agreed.map_err(|why| Refusal {
             error: ConnectError::Unavailable(why),
-            form: true,
+            verdict: Verdict::Form,
         })?;
         let upgraded = hyper::upgrade::on(response).await.map_err(|error| Refusal {
             error: ConnectError::Unavailable(error.to_string()),
-            form: false,
+            verdict: Verdict::Doubtful,
         })?;
         Ok(TokioIo::new(upgraded))
     };
-    let late = || Refusal {
-        error: ConnectError::Unreachable(format!(
-            "the API server did not open a port-forward within {timeout:?}"
-        )),
-        form: false,
-    };
     tokio::time::timeout(timeout, upgrading)
         .await
-        .unwrap_or_else(|_| Err(late()))
+        .unwrap_or_else(|_| Err(Refusal::silent(timeout)))
 }
 
 fn path(pod: &PodRef) -> String {
@@ -268,26 +241,38 @@ fn tunnel_request(pod: &PodRef, handshake: &Handshake) -> Request<Body> {
 }
 
 /// Reads an answer other than 101. A proxy on the way, or an older server, refuses a form with one of many statuses; those
-/// of a server in trouble say nothing about the form.
+/// of a server in trouble are among them.
 async fn refusal(response: Response<Body>) -> Refusal {
-    let status = response.status();
+    let (status, busy) = (response.status(), busy(&response));
     let body = Limited::new(response.into_body(), MAX_REFUSAL).collect().await;
     let body = body.map(http_body_util::Collected::to_bytes).unwrap_or_default();
     let message = message(status, &body);
-    let (error, form) = match status {
-        StatusCode::UNAUTHORIZED => (ConnectError::Unauthorized(message), false),
+    let (error, verdict) = match status {
+        StatusCode::UNAUTHORIZED => (ConnectError::Unauthorized(message), Verdict::Final),
         // RBAC may allow one verb and not the other.
-        StatusCode::FORBIDDEN => (ConnectError::Forbidden(message), true),
+        StatusCode::FORBIDDEN => (ConnectError::Forbidden(message), Verdict::Form),
         // Besides a pod that was deleted, a kubelet that has just restarted answers so for a moment.
-        StatusCode::NOT_FOUND => (ConnectError::PodGone(message), false),
-        _ if cause::is_pod_gone(&message) => (ConnectError::PodGone(message), false),
+        StatusCode::NOT_FOUND => (ConnectError::PodGone(message), Verdict::Final),
+        _ if cause::is_pod_gone(&message) => (ConnectError::PodGone(message), Verdict::Final),
+        _ if let Some(wait) = busy => (ConnectError::Unavailable(message), Verdict::Busy(wait)),
         StatusCode::INTERNAL_SERVER_ERROR
+        | StatusCode::BAD_GATEWAY
         | StatusCode::SERVICE_UNAVAILABLE
-        | StatusCode::GATEWAY_TIMEOUT
-        | StatusCode::TOO_MANY_REQUESTS => (ConnectError::Unavailable(message), false),
-        _ => (ConnectError::Unavailable(message), true),
+        | StatusCode::GATEWAY_TIMEOUT => (ConnectError::Unavailable(message), Verdict::Doubtful),
+        _ => (ConnectError::Unavailable(message), Verdict::Form),
     };
-    Refusal { error, form }
+    Refusal { error, verdict }
+}
+
+/// Tells for how long a server that is busy asks us to wait (RFC 6585 §4, RFC 9110 §15.6.4). API servers say it in seconds.
+fn busy(response: &Response<Body>) -> Option<Duration> {
+    let seconds = response.headers().get(RETRY_AFTER);
+    let seconds = seconds.and_then(|value| value.to_str().ok()?.trim().parse().ok());
+    match response.status() {
+        StatusCode::TOO_MANY_REQUESTS => Some(seconds.map_or(BUSY, Duration::from_secs)),
+        StatusCode::SERVICE_UNAVAILABLE => seconds.map(Duration::from_secs),
+        _ => None,
+    }
 }
 
 /// Words a refusal: the message of a `Status` object, or the body's text.
@@ -307,7 +292,7 @@ fn message(status: StatusCode, body: &Bytes) -> String {
 }
 
 /// Words the failure of a call that got no answer, or an answer that kube has read.
-pub(super) fn connect_error(error: &kube::Error) -> ConnectError {
+fn connect_error(error: &kube::Error) -> ConnectError {
     let message = error::message(error);
     let answered = matches!(error, kube::Error::Api(_) | kube::Error::UpgradeConnection(_));
     match error::kind(error) {
@@ -317,5 +302,34 @@ pub(super) fn connect_error(error: &kube::Error) -> ConnectError {
         Kind::Unavailable if cause::is_pod_gone(&message) => ConnectError::PodGone(message),
         Kind::Unavailable if answered => ConnectError::Unavailable(message),
         Kind::Unavailable => ConnectError::Unreachable(message),
+    }
+}
+
+/// Tells what a call's failure says of the server. A connection that ends after the request and before its answer may be the
+/// work of something on the way that knows no such upgrade.
+fn verdict(error: &kube::Error) -> Verdict {
+    if matches!(error, kube::Error::Api(_) | kube::Error::UpgradeConnection(_)) {
+        return Verdict::Final;
+    }
+    let mut next: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = next {
+        if let Some(client) = error.downcast_ref::<hyper_util::client::legacy::Error>()
+            && client.is_connect()
+        {
+            return Verdict::Unreachable;
+        }
+        if let Some(http) = error.downcast_ref::<hyper::Error>()
+            && (http.is_incomplete_message() || http.is_closed())
+        {
+            return Verdict::Doubtful;
+        }
+        if error.is::<tower::timeout::error::Elapsed>() {
+            return Verdict::Silent;
+        }
+        next = error.source();
+    }
+    match io_cause(error).map(std::io::Error::kind) {
+        Some(std::io::ErrorKind::ConnectionReset | std::io::ErrorKind::BrokenPipe) => Verdict::Doubtful,
+        _ => Verdict::Final,
     }
 }

@@ -12,23 +12,26 @@ use kube::{Api, Client};
 use tokio::io::{AsyncRead, AsyncWrite, BufReader, DuplexStream, ReadBuf};
 
 use crate::k8s::error;
-use crate::k8s::portforward::{carrier, cause};
+use crate::k8s::portforward::carrier::{Refusal, Verdict};
+use crate::k8s::portforward::cause;
 use crate::transport::{BoxStream, ConnectError, Target};
 
 /// Opens a stream as a port-forward of its own; `timeout` bounds the upgrade.
-pub(super) async fn open(
-    client: Client,
-    target: &Target,
-    timeout: Duration,
-) -> Result<BoxStream, ConnectError> {
+pub(super) async fn open(client: Client, target: &Target, timeout: Duration) -> Result<BoxStream, Refusal> {
     let pods: Api<Pod> = Api::namespaced(client, &target.pod.namespace);
     let ports = [target.port];
     let opening = pods.portforward(&target.pod.name, &ports);
     let mut forward = tokio::time::timeout(timeout, opening)
         .await
-        .map_err(|_| ConnectError::Timeout(target.clone(), timeout))?
-        .map_err(|error| carrier::connect_error(&error))?;
-    let unavailable = || ConnectError::Unavailable("the port-forward has no stream".into());
+        .map_err(|_| Refusal {
+            error: ConnectError::Timeout(target.clone(), timeout),
+            verdict: Verdict::Silent,
+        })?
+        .map_err(|error| Refusal::of_call(&error))?;
+    let unavailable = || Refusal {
+        error: ConnectError::Unavailable("the port-forward has no stream".into()),
+        verdict: Verdict::Final,
+    };
     let stream = forward.take_stream(target.port).ok_or_else(unavailable)?;
     let failure = forward.take_error(target.port).ok_or_else(unavailable)?;
     let broken = async move {

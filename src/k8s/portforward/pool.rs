@@ -1,5 +1,8 @@
 //! The sessions to one pod: opened when needed, one kept ready, replaced when worn out or broken, closed when unused.
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -8,10 +11,10 @@ use tokio::time::Instant;
 use tracing::debug;
 
 use crate::drain::Drain;
+use crate::k8s::portforward::dial::{Dialed, Dialer, Single};
 use crate::k8s::portforward::placement::{Newcomer, place};
 use crate::k8s::portforward::ports::Ports;
-use crate::k8s::portforward::spdy::{Phase, PodStream, SILENT, Session};
-use crate::k8s::portforward::{Dialed, Dialer};
+use crate::k8s::portforward::spdy::{Load, Phase, PodStream, SILENT, Session};
 use crate::registry::PodRef;
 use crate::transport::ConnectError;
 
@@ -23,18 +26,28 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// Sessions beyond the first are closed when unused for this long.
 const SURPLUS: Duration = Duration::from_mins(1);
 
+/// How long a connection waits for a session that is being opened when it could share another: by then the opening is in
+/// trouble, and a neighbour is better than an error.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// A way to a port, as the pool could make it.
 #[derive(Debug)]
 pub(super) enum Way {
     /// A stream on a session.
     Stream(PodStream),
-    /// A port-forward of its own is to be opened, since better forms were refused, for this reason if it is known.
-    Single(Option<ConnectError>),
+    /// A port-forward of its own is to be opened, since better forms were refused.
+    Single(Single),
+    /// The pool was given up meanwhile; another one is to be asked.
+    Closed,
 }
 
-/// Why connections get port-forwards of their own, if it was this pod that it was found out with.
-#[derive(Debug)]
-struct Single(Option<ConnectError>);
+/// What a connection is to do.
+enum Step {
+    /// It has its way.
+    Go(Way),
+    /// It waits for a session.
+    Wait(oneshot::Receiver<Result<(), ConnectError>>),
+}
 
 /// The sessions to one pod.
 #[derive(Debug)]
@@ -59,8 +72,10 @@ struct Inner {
     used_at: Instant,
     /// How long a session takes to open at best, if any was.
     dialed_in: Option<Duration>,
-    /// Whether the cluster turned out to carry one connection at a time, and why.
-    single: Option<Single>,
+    /// Whether the cluster turned out to carry one connection at a time, and what the count of changes was then.
+    single: Option<(Single, u64)>,
+    /// Whether it was given up: nobody would close what is opened from now on.
+    closed: bool,
 }
 
 impl Pool {
@@ -80,40 +95,32 @@ impl Pool {
                 used_at: now,
                 dialed_in: None,
                 single: None,
+                closed: false,
             }),
         }
     }
 
     /// Finds a way to a port. Cancel-safe: a session that is being opened is there for the next.
     pub(super) async fn connect(self: &Arc<Self>, port: u16) -> Result<Way, ConnectError> {
+        self.look_for_better();
         loop {
-            let waiting = {
-                let mut inner = self.lock();
-                if let Some(Single(refused)) = &inner.single {
-                    return Ok(Way::Single(refused.clone()));
-                }
-                let now = Instant::now();
-                inner.used_at = now;
-                let loads = inner.prune();
-                let newcomer = Newcomer {
-                    small: self.ports.is_small(port),
-                    dialing: inner.dialing,
-                    waiting: inner.waiting.len(),
-                    dialed_in: inner.dialed_in,
-                };
-                let placed = place(&loads, newcomer, now);
-                if placed.session.is_none() || inner.paused_until <= now {
-                    (0..placed.dial).for_each(|_| self.dial(&mut inner));
-                }
-                if let Some(session) = placed.session.and_then(|index| inner.sessions.get(index)) {
-                    return Ok(Way::Stream(session.connect(port, !newcomer.small)));
-                }
-                let (ready, waiting) = oneshot::channel();
-                inner.waiting.push(ready);
-                waiting
+            let small = self.ports.is_small(port);
+            let (step, dials) = self.lock().step(port, small, &self.dialer, Instant::now());
+            (0..dials).for_each(|_| self.dial());
+            let mut opened = match step {
+                Step::Go(way) => return Ok(way),
+                Step::Wait(opened) => opened,
             };
-            match waiting.await {
-                Ok(opened) => opened?,
+            let opened = match tokio::time::timeout(PATIENCE, &mut opened).await {
+                Ok(opened) => opened,
+                Err(_) => match self.share(port) {
+                    Some(stream) => return Ok(Way::Stream(stream)),
+                    None => opened.await,
+                },
+            };
+            match opened {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => return self.share(port).map(Way::Stream).ok_or(error),
                 Err(_) => return Err(ConnectError::Unavailable("kube-tunnel is shutting down".into())),
             }
         }
@@ -124,16 +131,7 @@ impl Pool {
         self.lock().single = None;
     }
 
-    fn dial(self: &Arc<Self>, inner: &mut Inner) {
-        inner.dialing += 1;
-        let dialing = Dialing {
-            pool: self.clone(),
-            done: false,
-        };
-        self.drain.spawn(dialing.run());
-    }
-
-    /// Closes what is unused. Returns whether the pool is still of use.
+    /// Closes what is unused. Returns whether the pool is still of use; if not, it is given up.
     pub(super) fn expire(&self, idle_timeout: Duration, now: Instant) -> bool {
         let mut inner = self.lock();
         let loads = inner.prune();
@@ -155,15 +153,90 @@ impl Pool {
         });
         let sessions: Vec<Session> = sessions.map(|(session, _)| session).collect();
         inner.sessions = sessions;
-        !inner.sessions.is_empty() || inner.dialing > 0 || idle_for(inner.used_at) < idle_timeout
+        let used = !inner.sessions.is_empty() || inner.dialing > 0 || idle_for(inner.used_at) < idle_timeout;
+        inner.closed |= !used;
+        used
     }
 
-    /// Closes every session as soon as it is unused.
+    /// Gives the pool up: every session ends as soon as it is unused, those too that are being opened.
     pub(super) fn close(&self) {
-        self.lock()
+        let mut inner = self.lock();
+        inner.closed = true;
+        inner.sessions.drain(..).for_each(|session| session.retire());
+    }
+
+    /// Opens a session, which [`Inner::step`] has counted. Not under the lock: a runtime that is ending drops the task here
+    /// and now, which takes the lock to be counted out.
+    fn dial(self: &Arc<Self>) {
+        let dialing = Dialing {
+            pool: self.clone(),
+            done: false,
+        };
+        self.drain.spawn(dialing.run());
+    }
+
+    /// Tries better forms of port-forward in the background, if it is time for that.
+    fn look_for_better(self: &Arc<Self>) {
+        let forms = self.dialer.carriers.better(Instant::now());
+        if forms.is_empty() {
+            return;
+        }
+        let (pool, begun) = (self.clone(), Instant::now());
+        self.drain.spawn(async move {
+            let found = tokio::select! {
+                biased;
+                () = pool.drain.started() => return,
+                found = pool.dialer.dial_in(forms, &pool.pod, &pool.ports) => found,
+            };
+            if let Ok(Dialed::Session(session)) = found {
+                pool.add(&session, begun.elapsed());
+            }
+        });
+    }
+
+    /// Opens a stream on a session that takes connections, however many others it has.
+    fn share(&self, port: u16) -> Option<PodStream> {
+        let mut inner = self.lock();
+        let loads = inner.prune();
+        let open = inner
             .sessions
-            .drain(..)
-            .for_each(|session| session.retire());
+            .iter()
+            .zip(loads)
+            .filter(|(_, load)| load.open && !inner.closed);
+        let (session, _) = open.min_by_key(|(_, load)| load.live)?;
+        Some(session.connect(port, !self.ports.is_small(port)))
+    }
+
+    /// Takes a session that was opened, and in which time.
+    fn add(&self, session: &Session, taken: Duration) {
+        let mut inner = self.lock();
+        if inner.closed {
+            session.retire();
+        } else {
+            inner.failures = 0;
+            inner.single = None;
+            inner.dialed_in = Some(inner.dialed_in.map_or(taken, |least| least.min(taken)));
+            inner.sessions.push(session.clone());
+        }
+        drop(inner);
+        self.watch(session);
+    }
+
+    /// Notes in the log when a session ends.
+    fn watch(&self, session: &Session) {
+        let (mut phase, pod, dialer) = (session.phase(), self.pod.clone(), self.dialer.clone());
+        debug!(pod = %self.pod, "port-forward opened");
+        self.drain.spawn(async move {
+            let ended = phase.wait_for(|phase| matches!(phase, Phase::Ended(_))).await;
+            if let Ok(ended) = ended
+                && let Phase::Ended(reason) = &*ended
+            {
+                debug!(%pod, %reason, "port-forward ended");
+                if **reason == *SILENT {
+                    dialer.carriers.doubt();
+                }
+            }
+        });
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -172,8 +245,40 @@ impl Pool {
 }
 
 impl Inner {
+    /// Places a connection; `small`: what it is expected to be. Returns besides how many sessions are to be opened, which are
+    /// counted already.
+    fn step(&mut self, port: u16, small: bool, dialer: &Dialer, now: Instant) -> (Step, usize) {
+        if self.closed {
+            return (Step::Go(Way::Closed), 0);
+        }
+        self.used_at = now;
+        if let Some((single, changes)) = &self.single {
+            if *changes == dialer.carriers.changes() {
+                return (Step::Go(Way::Single(single.clone())), 0);
+            }
+            self.single = None;
+        }
+        let loads = self.prune();
+        let newcomer = Newcomer {
+            small,
+            dialing: self.dialing,
+            waiting: self.waiting.len(),
+            dialed_in: self.dialed_in,
+        };
+        let placed = place(&loads, newcomer, now);
+        let may_dial = placed.session.is_none() || self.paused_until <= now;
+        let dials = if may_dial { placed.dial } else { 0 };
+        self.dialing += dials;
+        if let Some(session) = placed.session.and_then(|index| self.sessions.get(index)) {
+            return (Step::Go(Way::Stream(session.connect(port, !small))), dials);
+        }
+        let (ready, opened) = oneshot::channel();
+        self.waiting.push(ready);
+        (Step::Wait(opened), dials)
+    }
+
     /// Lets go of sessions that have ended or take no newcomers for good, and returns what the others do.
-    fn prune(&mut self) -> Vec<crate::k8s::portforward::spdy::Load> {
+    fn prune(&mut self) -> Vec<Load> {
         let mut loads = Vec::with_capacity(self.sessions.len());
         self.sessions.retain(|session| {
             let load = session.load();
@@ -196,39 +301,47 @@ struct Dialing {
 
 impl Dialing {
     async fn run(mut self) {
-        let pool = &self.pool;
-        let begun_at = Instant::now();
-        let dialed = pool.dialer.dial(&pool.pod, &pool.ports).await;
-        let mut inner = pool.lock();
+        let (pool, begun) = (self.pool.clone(), Instant::now());
+        let dialed = tokio::select! {
+            biased;
+            // Whoever needs a connection has left before the port-forwards end.
+            () = pool.drain.started() => return,
+            dialed = pool.dialer.dial(&pool.pod, &pool.ports) => dialed,
+        };
+        let changes = pool.dialer.carriers.changes();
         let result = match dialed {
             Ok(Dialed::Session(session)) => {
-                inner.failures = 0;
-                let taken = begun_at.elapsed();
-                inner.dialed_in = Some(inner.dialed_in.map_or(taken, |least| least.min(taken)));
-                pool.watch(&session);
-                inner.sessions.push(session);
+                pool.add(&session, begun.elapsed());
                 Ok(())
             }
-            Ok(Dialed::Single(refused)) => {
-                inner.single = Some(Single(refused));
+            Ok(Dialed::Single(single)) => {
+                pool.lock().single = Some((single, changes));
                 Ok(())
             }
             Err(error) => {
-                // Jitter, so that the pools of many pods do not come back all at once.
-                let pause = (FIRST_PAUSE * 2_u32.saturating_pow(inner.failures)).min(LONGEST_PAUSE);
-                inner.failures = (inner.failures + 1).min(10);
-                inner.paused_until = Instant::now() + pause.mul_f64(0.5 + fastrand::f64());
                 debug!(pod = %pool.pod, %error, "no port-forward");
                 Err(error)
             }
         };
+        self.finish(&result);
+    }
+
+    /// Tells those who wait, and counts itself out under the same lock: whoever comes next must not wait for what has
+    /// already been told.
+    fn finish(&mut self, result: &Result<(), ConnectError>) {
+        let mut inner = self.pool.lock();
+        if result.is_err() {
+            // Jitter, so that the pools of many pods do not come back all at once.
+            let pause = (FIRST_PAUSE * 2_u32.saturating_pow(inner.failures)).min(LONGEST_PAUSE);
+            inner.failures = (inner.failures + 1).min(10);
+            inner.paused_until = Instant::now() + pause.mul_f64(0.5 + fastrand::f64());
+        }
         // While others are being opened, the failure of one says nothing to those who wait.
         if result.is_ok() || inner.dialing == 1 {
             for waiting in inner.waiting.drain(..) {
                 let _ = waiting.send(result.clone());
             }
         }
-        // Under the same lock: whoever comes next must not wait for what has already been told.
         inner.dialing -= 1;
         drop(inner);
         self.done = true;
@@ -246,24 +359,5 @@ impl Drop for Dialing {
             // Cut off by shutdown or a panic.
             inner.waiting.clear();
         }
-    }
-}
-
-impl Pool {
-    /// Notes in the log when a session ends.
-    fn watch(&self, session: &Session) {
-        let (mut phase, pod, dialer) = (session.phase(), self.pod.clone(), self.dialer.clone());
-        debug!(pod = %self.pod, "port-forward opened");
-        self.drain.spawn(async move {
-            let ended = phase.wait_for(|phase| matches!(phase, Phase::Ended(_))).await;
-            if let Ok(ended) = ended
-                && let Phase::Ended(reason) = &*ended
-            {
-                debug!(%pod, %reason, "port-forward ended");
-                if **reason == *SILENT {
-                    dialer.carriers.doubt();
-                }
-            }
-        });
     }
 }

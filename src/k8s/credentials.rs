@@ -1,0 +1,173 @@
+//! The credentials of requests, which are renewed when the API server refuses them. kube asks a credential plugin again when
+//! its token expires; but a token may be revoked before, and many plugins do not say when theirs expires (client-go asks
+//! again after a 401, `exec.go: maybeRefreshCreds`).
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use http::{Request, Response, StatusCode};
+use hyper::body::Incoming;
+use kube::Config;
+use kube::client::{Body, ConfigExt};
+use tokio::sync::Mutex as Turns;
+use tokio::time::Instant;
+use tower::util::{BoxCloneSyncService, Either};
+use tower::{BoxError, Layer, Service, ServiceExt};
+use tracing::debug;
+
+use crate::k8s::token_file::TokenFile;
+
+/// A plugin whose credentials are refused is asked again at most this often: it may take a second, and cost its user a login.
+const PAUSE: Duration = Duration::from_secs(10);
+
+/// Sends requests.
+type Sender = BoxCloneSyncService<Request<Body>, Response<Incoming>, BoxError>;
+
+/// Sends requests with credentials. A request that is answered 401 is sent once more if other credentials can be had.
+#[derive(Clone)]
+pub(super) struct Authenticated(Arc<Shared>);
+
+struct Shared {
+    /// Sends without credentials.
+    bare: Sender,
+    config: Config,
+    token_file: Option<TokenFile>,
+    current: Mutex<Current>,
+    /// When the credentials were last renewed. One call does it, and all others wait for that.
+    renewed: Arc<Turns<Option<Instant>>>,
+}
+
+/// What sends with the present credentials.
+#[derive(Clone)]
+struct Current {
+    sender: Sender,
+    /// Counts the renewals.
+    generation: u64,
+}
+
+impl Authenticated {
+    /// Gets the first credentials. A plugin blocks the thread.
+    pub(super) fn new<S>(config: &Config, token_file: Option<TokenFile>, bare: S) -> Result<Self, kube::Error>
+    where
+        S: Service<Request<Body>, Response = Response<Incoming>, Error = BoxError>
+            + Clone
+            + Send
+            + Sync
+            + 'static,
+        S::Future: Send + 'static,
+    {
+        let bare = Sender::new(bare);
+        let current = Current {
+            sender: sender(config, &bare)?,
+            generation: 0,
+        };
+        Ok(Self(Arc::new(Shared {
+            bare,
+            config: config.clone(),
+            token_file,
+            current: Mutex::new(current),
+            renewed: Arc::default(),
+        })))
+    }
+}
+
+impl Service<Request<Body>> for Authenticated {
+    type Response = Response<Incoming>;
+    type Error = BoxError;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Incoming>, BoxError>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let shared = self.0.clone();
+        Box::pin(async move {
+            let again = copy(&request);
+            let (generation, answered) = shared.send(request);
+            let response = answered.await?;
+            let Some(again) = again.filter(|_| response.status() == StatusCode::UNAUTHORIZED) else {
+                return Ok(response);
+            };
+            if !shared.renew(generation).await? {
+                return Ok(response);
+            }
+            debug!("the credentials were refused; trying with new ones");
+            shared.send(again).1.await
+        })
+    }
+}
+
+impl Shared {
+    /// Sends a request with the present credentials, and tells which these are.
+    fn send(
+        &self,
+        request: Request<Body>,
+    ) -> (
+        u64,
+        impl Future<Output = Result<Response<Incoming>, BoxError>> + use<>,
+    ) {
+        let Current { sender, generation } = self.current().clone();
+        let request = match &self.token_file {
+            Some(file) => file.authorize(request),
+            None => request,
+        };
+        (generation, sender.oneshot(request))
+    }
+
+    /// Gets other credentials than those of `generation`. Returns false where there are none. A plugin goes on when the
+    /// future is dropped, and what it gives is used.
+    async fn renew(self: &Arc<Self>, generation: u64) -> Result<bool, BoxError> {
+        if let Some(file) = &self.token_file {
+            return Ok(file.renew());
+        }
+        if self.config.auth_info.exec.is_none() && self.config.auth_info.auth_provider.is_none() {
+            return Ok(false);
+        }
+        let mut renewed = self.renewed.clone().lock_owned().await;
+        if self.current().generation != generation {
+            return Ok(true);
+        }
+        if renewed.is_some_and(|at| at.elapsed() < PAUSE) {
+            return Ok(false);
+        }
+        let shared = self.clone();
+        let asked = tokio::task::spawn_blocking(move || {
+            *renewed = Some(Instant::now());
+            let sender = sender(&shared.config, &shared.bare)?;
+            *shared.current() = Current {
+                sender,
+                generation: generation + 1,
+            };
+            Ok::<_, kube::Error>(())
+        });
+        asked.await??;
+        Ok(true)
+    }
+
+    fn current(&self) -> MutexGuard<'_, Current> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Makes what sends with credentials.
+fn sender(config: &Config, bare: &Sender) -> Result<Sender, kube::Error> {
+    let sender = match config.auth_layer()? {
+        Some(layer) => Either::Left(layer.layer(bare.clone())),
+        None => Either::Right(bare.clone()),
+    };
+    Ok(Sender::new(sender))
+}
+
+/// Copies a request, unless its body is a stream.
+fn copy(request: &Request<Body>) -> Option<Request<Body>> {
+    let mut copied = Request::new(request.body().try_clone()?);
+    *copied.method_mut() = request.method().clone();
+    *copied.uri_mut() = request.uri().clone();
+    *copied.headers_mut() = request.headers().clone();
+    *copied.extensions_mut() = request.extensions().clone();
+    Some(copied)
+}

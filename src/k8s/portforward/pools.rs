@@ -1,0 +1,62 @@
+//! The sessions to all pods.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::drain::Drain;
+use crate::k8s::portforward::dial::Dialer;
+use crate::k8s::portforward::pool::Pool;
+use crate::registry::PodRef;
+
+/// The pools of all pods in use. Clones share them.
+#[derive(Debug, Clone, Default)]
+pub(in crate::k8s) struct Pools(Arc<Mutex<Inner>>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    by_pod: HashMap<PodRef, Arc<Pool>>,
+    /// Whether the end has come.
+    closed: bool,
+}
+
+impl Pools {
+    /// Returns the pool of a pod, a new one if there is none; nothing once they are closed.
+    pub(super) fn of(&self, pod: &PodRef, dialer: &Arc<Dialer>, drain: &Drain) -> Option<Arc<Pool>> {
+        let mut inner = self.lock();
+        if inner.closed {
+            return None;
+        }
+        let new = || Arc::new(Pool::new(pod.clone(), dialer.clone(), drain.clone()));
+        Some(inner.by_pod.entry(pod.clone()).or_insert_with(new).clone())
+    }
+
+    /// Gives up what leads to a pod that is ending or gone: no connection goes there any more, and its sessions end with
+    /// those they have.
+    pub(in crate::k8s) fn leave(&self, pod: &PodRef) {
+        let left = self.lock().by_pod.remove(pod);
+        if let Some(pool) = left {
+            pool.close();
+        }
+    }
+
+    /// Closes what is unused.
+    pub(super) fn expire(&self, idle_timeout: Duration, now: Instant) {
+        self.lock()
+            .by_pod
+            .retain(|_, pool| pool.expire(idle_timeout, now));
+    }
+
+    /// Closes every session as soon as it is unused, and makes no more.
+    pub(super) fn close(&self) {
+        let mut inner = self.lock();
+        inner.closed = true;
+        inner.by_pod.drain().for_each(|(_, pool)| pool.close());
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
