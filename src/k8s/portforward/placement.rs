@@ -3,7 +3,7 @@
 //!
 //! Connections share by evidence: where those to a port have been small, the next one joins others of the kind, which is
 //! what makes many short connections cheap. Any other may turn out to be a transfer that stalls, and gets a session of its
-//! own, from those kept ready. Only a crowd of them shares, among itself.
+//! own. Only a crowd of them shares, among itself.
 
 use std::cmp::Reverse;
 use std::time::Duration;
@@ -12,9 +12,9 @@ use tokio::time::Instant;
 
 use crate::k8s::portforward::spdy::{Load, WORKERS};
 
-/// How many sessions connections that share are spread over. Measured on a real cluster, two to four carry the most
-/// requests, and sixteen carry fewer.
-const SHARED: usize = 4;
+/// How many sessions connections that share are spread over. Measured on a real cluster, two carry the most requests: what
+/// many connections say at the same time then leaves in few writes. Eight carry half as many.
+const SHARED: usize = 3;
 
 /// How many sessions that take newcomers a pod may have.
 const MAX_OPEN: usize = 8;
@@ -25,11 +25,8 @@ const MAX: usize = 64;
 /// Where a session can be opened within this, the way to the server is short enough to wait for one.
 const NEAR: Duration = Duration::from_millis(200);
 
-/// How long connections count as newcomers themselves: as many sessions are kept ready as they took.
+/// How long connections count as newcomers themselves.
 const NEW: Duration = Duration::from_secs(1);
-
-/// How many sessions are kept ready at most.
-const MAX_SPARES: usize = 4;
 
 /// What is to be placed, and what the pool does for it already.
 #[derive(Debug, Clone, Copy)]
@@ -65,10 +62,15 @@ pub(super) fn place(sessions: &[Load], newcomer: Newcomer, now: Instant) -> Plac
         .saturating_sub(open.len() + dialing)
         .min(MAX.saturating_sub(sessions.len() + dialing));
     let may_wait = room + dialing > 0;
+    let burst: Vec<(usize, &Load)> = open
+        .iter()
+        .copied()
+        .filter(|(_, load)| load.apart && is_young(load, now))
+        .collect();
     let session = if newcomer.small {
         among_its_kind(&open, newcomer, may_wait)
     } else {
-        apart(&open, newcomer, may_wait, now)
+        apart(&open, &burst, newcomer, may_wait, now)
     };
     // Beyond all bounds, and when there is nothing to wait for.
     let forced = || crowd(&open).or_else(|| least(sessions.iter().enumerate()));
@@ -80,13 +82,11 @@ pub(super) fn place(sessions: &[Load], newcomer: Newcomer, now: Instant) -> Plac
     let wanted = match session {
         // While the first one is being opened it is not known whether any can be, nor how.
         None if newcomer.dialed_in.is_none() => 1,
-        None => waiting + 2,
+        None => (waiting + 2).min(SHARED.saturating_sub(burst.len()).max(1)),
+        // One is kept ready.
         Some(chosen) => {
-            let ready = open
-                .iter()
-                .filter(|(index, load)| load.live == 0 && *index != chosen);
-            let spares = if newcomer.small { 1 } else { spares(sessions, now) };
-            spares.saturating_sub(ready.count())
+            let ready = |(index, load): &(usize, &Load)| load.live == 0 && *index != chosen;
+            usize::from(!open.iter().any(ready))
         }
     };
     Placement {
@@ -114,8 +114,18 @@ fn among_its_kind(open: &[(usize, &Load)], newcomer: Newcomer, may_wait: bool) -
     idle(open).or(fewest.map(|(index, _)| index)).or_else(any)
 }
 
-/// Finds a session for a connection that may turn out to be anything.
-fn apart(open: &[(usize, &Load)], newcomer: Newcomer, may_wait: bool, now: Instant) -> Option<usize> {
+/// Finds a session for a connection that may turn out to be anything. `burst`: what others of its kind have just got.
+fn apart(
+    open: &[(usize, &Load)],
+    burst: &[(usize, &Load)],
+    newcomer: Newcomer,
+    may_wait: bool,
+    now: Instant,
+) -> Option<usize> {
+    // Many at the same moment are one client's, and alike.
+    if burst.len() >= SHARED {
+        return least(burst.iter().copied());
+    }
     // Where the way is long, those that come at the same time share rather than wait for three round trips; those that were
     // there before are left alone.
     let young = || open.iter().copied().filter(|(_, load)| is_young(load, now));
@@ -149,12 +159,6 @@ fn is_near(newcomer: Newcomer) -> bool {
 fn is_young(load: &Load, now: Instant) -> bool {
     load.busy_since
         .is_some_and(|since| now.duration_since(since) < NEW)
-}
-
-/// Tells how many sessions to keep ready: one, and in a burst of connections that want one each, as many as have lately come.
-fn spares(sessions: &[Load], now: Instant) -> usize {
-    let burst = sessions.iter().filter(|load| load.apart && is_young(load, now));
-    burst.count().clamp(1, MAX_SPARES)
 }
 
 #[cfg(test)]
@@ -256,8 +260,8 @@ mod tests {
         };
         assert_eq!(
             place(&sessions, third, now),
-            placed(None, 2),
-            "all wait at the same time"
+            placed(None, 0),
+            "a burst gets no more of them"
         );
     }
 
@@ -280,12 +284,18 @@ mod tests {
     }
 
     #[test]
-    fn a_burst_has_more_sessions_made_ready() {
+    fn a_burst_shares_after_the_first_few() {
         let now = Instant::now();
-        let sessions = [private(now), bulk(now), private(now), shared(0, now)];
-        assert_eq!(place(&sessions, UNKNOWN, now), placed(Some(3), 3));
+        let first = [private(now), bulk(now), private(now), shared(0, now)];
+        assert_eq!(
+            place(&first, UNKNOWN, now),
+            placed(Some(3), 1),
+            "one that is bulk takes no others"
+        );
+        let more = [private(now), bulk(now), private(now), private(now), shared(0, now)];
+        assert_eq!(place(&more, UNKNOWN, now), placed(Some(0), 0));
         let later = now + 2 * NEW;
-        assert_eq!(place(&sessions, UNKNOWN, later), placed(Some(3), 1));
+        assert_eq!(place(&more, UNKNOWN, later), placed(Some(4), 1));
     }
 
     #[test]
@@ -333,7 +343,7 @@ mod tests {
             sessions[placed.session.unwrap()].live += 1;
         }
         let counts: Vec<usize> = sessions.iter().map(|load| load.live).collect();
-        assert_eq!(counts, [26, 26, 26, 26, 1, 1, 1, 1]);
+        assert_eq!(counts, [35, 34, 34, 1, 1, 1, 1, 1]);
     }
 
     #[test]
