@@ -3,6 +3,8 @@
 //! A connection to a pod's port costs no round trip of its own once there is a session to the pod ([`pool`], [`placement`]),
 //! and none disturbs another ([`spdy`]). How sessions get through the API server is found out once ([`carrier`]).
 
+#[cfg(feature = "internals")]
+pub mod bare;
 mod carrier;
 mod cause;
 mod channel;

@@ -44,7 +44,9 @@ impl State {
             Event::Data { stream, payload, fin } => match self.find(stream) {
                 Some((key, false)) => self.data(key, payload, fin, now),
                 Some((key, true)) => {
-                    if let Some(entry) = self.connections.get_mut(key) {
+                    if let Some(entry) = self.connections.get_mut(key)
+                        && entry.error == Half::Open
+                    {
                         entry.explain(payload);
                     }
                     if fin {
@@ -108,6 +110,9 @@ impl State {
         let Some(entry) = self.connections.get_mut(key) else {
             return;
         };
+        if entry.data != Half::Open {
+            return; // what follows an end was not to be sent
+        }
         if !payload.is_empty() {
             if !entry.heard {
                 entry.heard = true;

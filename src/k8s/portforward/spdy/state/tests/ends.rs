@@ -151,3 +151,16 @@ fn a_connection_that_finds_no_place_fails_and_may_be_tried_again() {
         "it is opened all the same"
     );
 }
+
+#[test]
+fn what_follows_an_end_is_not_read() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.write(key, 1);
+    scene.reply(key);
+    scene.end(key, "");
+    assert_eq!(scene.read(key).unwrap().unwrap(), 0);
+    scene.data(key, 10);
+    scene.end(key, REFUSED);
+    assert_eq!(scene.read(key).unwrap().unwrap(), 0);
+}
