@@ -113,7 +113,8 @@ impl State {
         if entry.data != Half::Open {
             return; // what follows an end was not to be sent
         }
-        if !payload.is_empty() {
+        // Nor was what follows an end that has been believed without it.
+        if !payload.is_empty() && !entry.late {
             if !entry.heard {
                 entry.heard = true;
                 if mem::take(&mut entry.hold) {
