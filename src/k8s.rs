@@ -16,4 +16,7 @@ mod token_file;
 
 pub use client::{Cluster, Config, ConnectionError};
 pub use discovery::Discovery;
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub use portforward::bare;
 pub use portforward::{Carriers, PortForward};

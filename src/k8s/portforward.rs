@@ -4,6 +4,8 @@
 //! and none disturbs another ([`spdy`]). How sessions get through the API server ([`carrier`], [`dial`]) is found out once
 //! ([`memory`]), and how many are opened at a time depends on how it fares ([`gate`]).
 
+#[cfg(feature = "internals")]
+pub mod bare;
 mod carrier;
 mod cause;
 mod channel;

@@ -24,9 +24,15 @@ const READ: usize = 64 << 10;
 /// bytes unread would take the pod's last bytes away from the client.
 const LINGER: Duration = Duration::from_secs(1);
 
+/// How many buffers of connections that had to wait each thread keeps for the next ones: a megabyte at most.
+const SPARE: usize = 16;
+
 thread_local! {
     /// What has just been read from some client. Nothing stays in it.
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ].into());
+
+    /// Empty buffers for what a pod does not take at once.
+    static SPARES: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// How many bytes a connection has carried.
@@ -109,8 +115,7 @@ impl Relay {
                 self.taken += sent;
                 self.carried.to_pod += sent as u64;
             }
-            self.pending = Vec::new();
-            self.taken = 0;
+            self.release();
             if self.client_ended {
                 return Poll::Ready(Ok(()));
             }
@@ -123,14 +128,32 @@ impl Relay {
                     Poll::Ready(_) | Poll::Pending => 0,
                 };
                 self.carried.to_pod += sent as u64;
-                self.pending
-                    .extend_from_slice(bytes.get(sent..).unwrap_or_default());
+                if let Some(rest) = bytes.get(sent..)
+                    && !rest.is_empty()
+                {
+                    self.pending = SPARES.with_borrow_mut(|spares| spares.pop().unwrap_or_default());
+                    self.pending.extend_from_slice(rest);
+                }
                 Poll::Ready(Ok::<_, io::Error>(bytes.len()))
             });
             if ready!(read)? == 0 {
                 self.client_ended = true;
                 ready!(Pin::new(&mut *pod).poll_shutdown(cx))?;
             }
+        }
+    }
+
+    /// Gives back the buffer of what was waiting, so that a quiet connection has none.
+    fn release(&mut self) {
+        let mut buffer = std::mem::take(&mut self.pending);
+        self.taken = 0;
+        buffer.clear();
+        if buffer.capacity() > 0 {
+            SPARES.with_borrow_mut(|spares| {
+                if spares.len() < SPARE {
+                    spares.push(buffer);
+                }
+            });
         }
     }
 

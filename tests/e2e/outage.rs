@@ -1,5 +1,6 @@
 //! Components of the cluster that end and come back; needs a cluster of `tests/cluster/up`.
 
+mod containerd;
 mod under_load;
 
 use std::process::Command;
@@ -13,7 +14,7 @@ use crate::program::Proxy;
 use crate::scene::Scene;
 
 /// Ends and starts components.
-const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/cluster/component");
+pub(crate) const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/cluster/component");
 
 /// Longer than a request may take while the API server is away.
 const ANSWER: Duration = Duration::from_secs(30);

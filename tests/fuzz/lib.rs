@@ -11,6 +11,8 @@ pub mod detect;
 mod double;
 pub mod http1;
 mod message;
+pub mod spdy;
+pub mod tunnel;
 pub mod upgrade;
 
 /// The check of one target; it panics when the input shows a bug.
@@ -22,6 +24,8 @@ pub const TARGETS: &[(&str, Check)] = &[
     ("client_hello", client_hello::check),
     ("detect", detect::check),
     ("http1", http1::check),
+    ("spdy", spdy::check),
+    ("tunnel", tunnel::check),
     ("upgrade", upgrade::check),
 ];
 

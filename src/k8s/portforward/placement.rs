@@ -292,7 +292,13 @@ mod tests {
             placed(Some(3), 1),
             "one that is bulk takes no others"
         );
-        let more = [private(now), bulk(now), private(now), private(now), shared(0, now)];
+        let more = [
+            private(now),
+            bulk(now),
+            private(now),
+            private(now),
+            shared(0, now),
+        ];
         assert_eq!(place(&more, UNKNOWN, now), placed(Some(0), 0));
         let later = now + 2 * NEW;
         assert_eq!(place(&more, UNKNOWN, later), placed(Some(4), 1));

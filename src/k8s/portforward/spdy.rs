@@ -7,6 +7,8 @@
 //!
 //! One task per session reads and writes ([`driver`]); everything it decides is in [`state`], which knows no connection.
 
+#[cfg(feature = "internals")]
+pub(super) mod bare;
 mod chunks;
 mod driver;
 mod entry;

@@ -107,6 +107,8 @@ pub(super) struct State {
     blocked: VecDeque<usize>,
     /// Connections that wait for a time.
     timed: Vec<usize>,
+    /// The place of that list while the other is gone through.
+    untimed: Vec<usize>,
     /// Connections in use, by worker; those without a place in the last field.
     live: [usize; WORKERS],
     unplaced: usize,
@@ -178,6 +180,7 @@ impl State {
             ending: VecDeque::new(),
             blocked: VecDeque::new(),
             timed: Vec::new(),
+            untimed: Vec::new(),
             live: [0; WORKERS],
             unplaced: 0,
             apart: 0,
@@ -273,6 +276,12 @@ impl State {
             busy_since: self.busy_since,
             active_at: self.active_at,
         }
+    }
+
+    /// Returns the id of a connection's data stream, once it has been opened.
+    #[cfg(feature = "internals")]
+    pub(super) fn stream(&self, key: usize) -> Option<u32> {
+        Some(self.connections.get(key)?.place?.id)
     }
 
     /// Counts the connections in use.

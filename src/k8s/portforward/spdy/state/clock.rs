@@ -71,12 +71,13 @@ impl State {
             self.probe(now);
         }
         // A key that was used again may stand there twice.
-        let mut timed = mem::take(&mut self.timed);
+        let mut timed = mem::replace(&mut self.timed, mem::take(&mut self.untimed));
         timed.sort_unstable();
         timed.dedup();
-        for key in timed {
+        for key in timed.drain(..) {
             self.tick_connection(key, now);
         }
+        self.untimed = timed;
         self.tick_pause(now);
         // Workers that have become stuck or free change what may be written.
         self.release();

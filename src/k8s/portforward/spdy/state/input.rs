@@ -49,7 +49,9 @@ impl State {
             Event::Data { stream, payload, fin } => match self.find(stream) {
                 Some((key, false)) => self.data(key, payload, fin, now),
                 Some((key, true)) => {
-                    if let Some(entry) = self.connections.get_mut(key) {
+                    if let Some(entry) = self.connections.get_mut(key)
+                        && entry.error == Half::Open
+                    {
                         entry.explain(payload);
                     }
                     if fin {
@@ -113,7 +115,11 @@ impl State {
         let Some(entry) = self.connections.get_mut(key) else {
             return;
         };
-        if !payload.is_empty() {
+        if entry.data != Half::Open {
+            return; // what follows an end was not to be sent
+        }
+        // Nor was what follows an end that has been believed without it.
+        if !payload.is_empty() && !entry.late {
             if !entry.heard {
                 entry.heard = true;
                 if mem::take(&mut entry.hold) {

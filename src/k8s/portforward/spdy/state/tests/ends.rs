@@ -151,3 +151,37 @@ fn a_connection_that_finds_no_place_fails_and_may_be_tried_again() {
         "it is opened all the same"
     );
 }
+
+#[test]
+fn what_follows_an_end_is_not_read() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.write(key, 1);
+    scene.reply(key);
+    scene.end(key, "");
+    assert_eq!(scene.read(key).unwrap().unwrap(), 0);
+    scene.data(key, 10);
+    scene.end(key, REFUSED);
+    assert_eq!(scene.read(key).unwrap().unwrap(), 0);
+}
+
+#[test]
+fn what_comes_after_an_end_was_believed_is_not_read() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    scene.write(key, 1);
+    scene.reply(key);
+    let mut end = Vec::new();
+    frame::fin(&mut end, scene.id(key) - output::PAIR);
+    scene.receive(&end);
+    // A sign of life, without an end of the data.
+    scene.pass(Duration::from_secs(3));
+    scene.answer_pings();
+    let mut reset = Vec::new();
+    frame::reset(&mut reset, output::PROBE, 1);
+    scene.receive(&reset);
+    scene.pass(Duration::from_secs(1));
+    assert_eq!(kind(scene.read(key)), io::ErrorKind::ConnectionAborted);
+    scene.data(key, 10);
+    assert_eq!(kind(scene.read(key)), io::ErrorKind::ConnectionAborted);
+}

@@ -1,0 +1,181 @@
+//! Port-forwards as a program that uses the library sees them: what goes wrong with one connection is told to that one, and
+//! known to no other.
+
+use std::io::ErrorKind;
+
+use kube_tunnel::drain::Drain;
+use kube_tunnel::k8s::{Carriers, Cluster, Config, PortForward};
+use kube_tunnel::privileges::Account;
+use kube_tunnel::registry::PodRef;
+use kube_tunnel::transport::{BoxStream, Connect, Target};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::task::JoinSet;
+use tokio::time::{Duration, Instant};
+
+use crate::cluster::Namespace;
+use crate::command::within;
+use crate::scene::Scene;
+
+/// Longer than any connection takes to tell.
+const LIMIT: Duration = Duration::from_secs(20);
+
+const ECHO: u16 = 9000;
+
+/// Connects to the cluster of the environment.
+pub(crate) async fn cluster() -> Cluster {
+    Cluster::load(&config(Carriers::Auto)).await.unwrap()
+}
+
+fn config(carriers: Carriers) -> Config {
+    Config {
+        kubeconfig: None,
+        context: None,
+        timeout: LIMIT,
+        poll_interval: LIMIT,
+        idle_timeout: Duration::from_mins(10),
+        carriers,
+        account: Account::default(),
+    }
+}
+
+/// Picks a pod of `web`.
+pub(crate) async fn pod(namespace: &Namespace) -> PodRef {
+    let pods = namespace.pods("web").await;
+    PodRef {
+        namespace: namespace.name.as_str().into(),
+        name: pods.first().unwrap().as_str().into(),
+        uid: "".into(),
+    }
+}
+
+/// Port-forwards to one pod.
+pub(crate) struct Forward {
+    forward: PortForward,
+    pod: PodRef,
+}
+
+impl Forward {
+    pub(crate) async fn start(namespace: &Namespace, carriers: Carriers) -> Self {
+        let config = config(carriers);
+        let cluster = Cluster::load(&config).await.unwrap();
+        let drain = Drain::new();
+        Self {
+            forward: PortForward::new(&cluster, carriers, config.timeout, config.idle_timeout, &drain),
+            pod: pod(namespace).await,
+        }
+    }
+
+    pub(crate) async fn connect(&self, port: u16) -> anyhow::Result<BoxStream> {
+        let target = Target {
+            pod: self.pod.clone(),
+            port,
+        };
+        Ok(self.forward.connect(&target).await?)
+    }
+
+    /// Opens connections that echo.
+    pub(crate) async fn echoes(&self, count: usize) -> Vec<BoxStream> {
+        let mut streams = Vec::new();
+        for _ in 0..count {
+            let mut stream = self.connect(ECHO).await.unwrap();
+            assert!(echoes(&mut stream).await, "a new connection does not echo");
+            streams.push(stream);
+        }
+        streams
+    }
+}
+
+/// Tells whether a connection echoes, soon.
+pub(crate) async fn echoes(stream: &mut BoxStream) -> bool {
+    let mut answer = [0; 5];
+    let echo = async {
+        stream.write_all(b"hello").await?;
+        stream.read_exact(&mut answer).await
+    };
+    matches!(tokio::time::timeout(LIMIT, echo).await, Ok(Ok(_))) && answer == *b"hello"
+}
+
+async fn assert_all_echo(streams: &mut [BoxStream]) {
+    for (number, stream) in streams.iter_mut().enumerate() {
+        assert!(echoes(stream).await, "connection {number} does not echo any more");
+    }
+}
+
+#[tokio::test]
+async fn a_refused_connection_is_told_why_and_costs_no_other() {
+    let scene = Scene::together().await;
+    let forward = Forward::start(scene.shop, Carriers::Spdy).await;
+    let mut others = forward.echoes(8).await;
+    for _ in 0..3 {
+        let mut refused = forward.connect(4444).await.unwrap();
+        // Bytes on their way when the port refuses are what stops a worker of older runtimes.
+        drop(refused.write_all(b"early").await);
+        let error = within(LIMIT, "a refusal", refused.read_u8()).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{error}");
+        assert!(error.to_string().contains("connection refused"), "{error}");
+    }
+    assert_all_echo(&mut others).await;
+    assert_all_echo(&mut forward.echoes(8).await).await;
+}
+
+#[tokio::test]
+async fn a_connection_that_is_reset_costs_no_other() {
+    let scene = Scene::together().await;
+    let forward = Forward::start(scene.shop, Carriers::Spdy).await;
+    let mut others = forward.echoes(8).await;
+    for _ in 0..3 {
+        let mut reset = forward.connect(9003).await.unwrap();
+        reset.write_all(b"x").await.unwrap();
+        let error = within(LIMIT, "a reset", reset.read_u8()).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}");
+    }
+    assert_all_echo(&mut others).await;
+    assert_all_echo(&mut forward.echoes(8).await).await;
+}
+
+#[tokio::test]
+async fn an_application_that_does_not_read_holds_up_no_other_connection() {
+    let scene = Scene::together().await;
+    let forward = Forward::start(scene.shop, Carriers::Spdy).await;
+    let mut others = forward.echoes(8).await;
+    let mut uploads = JoinSet::new();
+    for _ in 0..2 {
+        let mut hold = forward.connect(9002).await.unwrap();
+        uploads.spawn(async move { hold.write_all(&vec![0; 64 << 20]).await });
+    }
+    let began = Instant::now();
+    // Long enough for the uploads to have filled what the kernel takes.
+    while began.elapsed() < Duration::from_secs(3) {
+        assert_all_echo(&mut others).await;
+        assert_all_echo(&mut forward.echoes(2).await).await;
+    }
+    assert_eq!(uploads.len(), 2);
+    assert!(
+        uploads.try_join_next().is_none(),
+        "an upload has ended that nobody reads"
+    );
+}
+
+#[tokio::test]
+async fn an_end_that_answers_the_applications_is_not_held_back() {
+    let scene = Scene::together().await;
+    let forward = Forward::start(scene.shop, Carriers::Spdy).await;
+    for _ in 0..5 {
+        let mut stream = forward.connect(8081).await.unwrap();
+        let request = b"GET /health HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
+        stream.write_all(request).await.unwrap();
+        within(LIMIT, "an answer", stream.read_u8()).await.unwrap();
+        let began = Instant::now();
+        // Without it the runtime holds the application's end back for a second.
+        stream.shutdown().await.unwrap();
+        let mut rest = Vec::new();
+        within(LIMIT, "the end", stream.read_to_end(&mut rest))
+            .await
+            .unwrap();
+        assert!(
+            began.elapsed() < Duration::from_millis(700),
+            "{:?}",
+            began.elapsed()
+        );
+    }
+}
