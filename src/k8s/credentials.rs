@@ -14,7 +14,7 @@ use kube::Config;
 use kube::client::{Body, ConfigExt};
 use tokio::sync::Mutex as Turns;
 use tokio::time::Instant;
-use tower::util::{BoxCloneSyncService, Either};
+use tower::util::{BoxCloneSyncService, MapRequest};
 use tower::{BoxError, Layer, Service, ServiceExt};
 use tracing::debug;
 
@@ -59,9 +59,13 @@ impl Authenticated {
             + 'static,
         S::Future: Send + 'static,
     {
-        let bare = Sender::new(bare);
+        // Inside of what kube adds: beside a token the file wins.
+        let bare = match token_file.clone() {
+            Some(file) => Sender::new(MapRequest::new(bare, move |request| file.authorize(request))),
+            None => Sender::new(bare),
+        };
         let current = Current {
-            sender: sender(config, &bare)?,
+            sender: sender(config, &bare)?.unwrap_or_else(|| bare.clone()),
             generation: 0,
         };
         Ok(Self(Arc::new(Shared {
@@ -87,42 +91,34 @@ impl Service<Request<Body>> for Authenticated {
         let shared = self.0.clone();
         Box::pin(async move {
             let again = copy(&request);
-            let (generation, answered) = shared.send(request);
-            let response = answered.await?;
+            let (used, sender) = shared.present();
+            let response = sender.oneshot(request).await?;
             let Some(again) = again.filter(|_| response.status() == StatusCode::UNAUTHORIZED) else {
                 return Ok(response);
             };
-            if !shared.renew(generation).await? {
+            if !shared.renew(used).await? {
                 return Ok(response);
             }
             debug!("the credentials were refused; trying with new ones");
-            shared.send(again).1.await
+            shared.present().1.oneshot(again).await
         })
     }
 }
 
 impl Shared {
-    /// Sends a request with the present credentials, and tells which these are.
-    fn send(
-        &self,
-        request: Request<Body>,
-    ) -> (
-        u64,
-        impl Future<Output = Result<Response<Incoming>, BoxError>> + use<>,
-    ) {
+    /// Returns what sends with the present credentials, and which these are.
+    fn present(&self) -> (u64, Sender) {
         let Current { sender, generation } = self.current().clone();
-        let request = match &self.token_file {
-            Some(file) => file.authorize(request),
-            None => request,
-        };
-        (generation, sender.oneshot(request))
+        // Before it sends: a token that is read anew meanwhile costs one further try.
+        let generation = (self.token_file.as_ref()).map_or(generation, TokenFile::generation);
+        (generation, sender)
     }
 
     /// Gets other credentials than those of `generation`. Returns false where there are none. A plugin goes on when the
     /// future is dropped, and what it gives is used.
     async fn renew(self: &Arc<Self>, generation: u64) -> Result<bool, BoxError> {
         if let Some(file) = &self.token_file {
-            return Ok(file.renew());
+            return Ok(file.renew(generation));
         }
         if self.config.auth_info.exec.is_none() && self.config.auth_info.auth_provider.is_none() {
             return Ok(false);
@@ -137,15 +133,17 @@ impl Shared {
         let shared = self.clone();
         let asked = tokio::task::spawn_blocking(move || {
             *renewed = Some(Instant::now());
-            let sender = sender(&shared.config, &shared.bare)?;
+            // A plugin's certificate is part of the connections, which are not made anew.
+            let Some(sender) = sender(&shared.config, &shared.bare)? else {
+                return Ok(false);
+            };
             *shared.current() = Current {
                 sender,
                 generation: generation + 1,
             };
-            Ok::<_, kube::Error>(())
+            Ok::<_, kube::Error>(true)
         });
-        asked.await??;
-        Ok(true)
+        Ok(asked.await??)
     }
 
     fn current(&self) -> MutexGuard<'_, Current> {
@@ -153,13 +151,10 @@ impl Shared {
     }
 }
 
-/// Makes what sends with credentials.
-fn sender(config: &Config, bare: &Sender) -> Result<Sender, kube::Error> {
-    let sender = match config.auth_layer()? {
-        Some(layer) => Either::Left(layer.layer(bare.clone())),
-        None => Either::Right(bare.clone()),
-    };
-    Ok(Sender::new(sender))
+/// Makes what sends with credentials; nothing where there are none to add to a request.
+fn sender(config: &Config, bare: &Sender) -> Result<Option<Sender>, kube::Error> {
+    let layer = config.auth_layer()?;
+    Ok(layer.map(|layer| Sender::new(layer.layer(bare.clone()))))
 }
 
 /// Copies a request, unless its body is a stream.

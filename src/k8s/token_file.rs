@@ -26,6 +26,19 @@ struct Cached {
     header: Option<HeaderValue>,
     /// When it was read.
     read: Instant,
+    /// Counts the headers there have been.
+    generation: u64,
+}
+
+impl Cached {
+    /// Takes what the file holds now.
+    fn take(&mut self, header: HeaderValue) {
+        self.read = Instant::now();
+        if self.header.as_ref() != Some(&header) {
+            self.header = Some(header);
+            self.generation += 1;
+        }
+    }
 }
 
 impl TokenFile {
@@ -43,7 +56,11 @@ impl TokenFile {
         let read = Instant::now();
         Self {
             path: path.to_owned(),
-            cached: Arc::new(Mutex::new(Cached { header, read })),
+            cached: Arc::new(Mutex::new(Cached {
+                header,
+                read,
+                generation: 0,
+            })),
         }
     }
 
@@ -54,10 +71,7 @@ impl TokenFile {
         if (cached.header.is_none() || cached.read.elapsed() >= PERIOD)
             && let Ok(header) = read(&self.path)
         {
-            *cached = Cached {
-                header: Some(header),
-                read: Instant::now(),
-            };
+            cached.take(header);
         }
         if let Some(header) = &cached.header {
             request.headers_mut().insert(AUTHORIZATION, header.clone());
@@ -65,19 +79,21 @@ impl TokenFile {
         request
     }
 
-    /// Reads the file before its time: the token was refused. Returns whether it holds another one than before.
-    pub(super) fn renew(&self) -> bool {
+    /// Tells which token is in use, for [`renew`](Self::renew).
+    pub(super) fn generation(&self) -> u64 {
+        self.lock().generation
+    }
+
+    /// Reads the file before its time: the token that was in use then, or a later one, was refused. Returns whether there is
+    /// another one than then.
+    pub(super) fn renew(&self, refused: u64) -> bool {
         let mut cached = self.lock();
-        match read(&self.path) {
-            Ok(header) if cached.header.as_ref() != Some(&header) => {
-                *cached = Cached {
-                    header: Some(header),
-                    read: Instant::now(),
-                };
-                true
-            }
-            _ => false,
+        if cached.generation == refused
+            && let Ok(header) = read(&self.path)
+        {
+            cached.take(header);
         }
+        cached.generation != refused
     }
 
     fn lock(&self) -> MutexGuard<'_, Cached> {
@@ -125,10 +141,14 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), "first\n").unwrap();
         let token = TokenFile::open(file.path()).unwrap();
-        assert!(!token.renew(), "there is no other");
+        let used = token.generation();
+        assert!(!token.renew(used), "there is no other");
         fs::write(file.path(), "second\n").unwrap();
-        assert!(token.renew());
+        for _ in 0..2 {
+            assert!(token.renew(used), "each request that had the first one is told");
+        }
         assert_eq!(sent(&token), "Bearer second");
+        assert!(!token.renew(token.generation()));
     }
 
     #[tokio::test(start_paused = true)]

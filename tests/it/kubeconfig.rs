@@ -122,10 +122,13 @@ async fn a_token_is_read_from_a_file() {
     cluster.add_token("file", "file-token");
     let token = tempfile::NamedTempFile::new().unwrap();
     fs::write(token.path(), "file-token\n").unwrap();
-    let user = format!("tokenFile: {}", path(&token));
-    let app = TestApp::with(&with_user(&cluster.kubeconfig(), &user), &[]).await;
-    assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
-    assert!(cluster.calls().iter().any(|call| call.user == "file"));
+    for beside in ["", "token: an-old-one\n"] {
+        let user = format!("{beside}tokenFile: {}", path(&token));
+        cluster.clear_calls();
+        let app = TestApp::with(&with_user(&cluster.kubeconfig(), &user), &[]).await;
+        assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
+        assert!(cluster.calls().iter().any(|call| call.user == "file"));
+    }
 }
 
 #[cfg(unix)]
