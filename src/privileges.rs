@@ -100,8 +100,8 @@ impl Privileges {
         &self.account
     }
 
-    /// Does one thing with all the rights that the process was started with. No other thread may be at work: ids are the
-    /// process's.
+    /// Does one thing with all the rights that the process was started with. Ids are the process's: no other
+    /// thread may be opening anything.
     ///
     /// # Errors
     /// [`Error::Refused`] when the kernel changes no ids; the process must then end.

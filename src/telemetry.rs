@@ -3,6 +3,9 @@
 use std::fmt;
 use std::io::{self, BufWriter, IsTerminal, Write as _};
 use std::str::FromStr;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
@@ -122,7 +125,10 @@ const WAITING_LINES: usize = 10_000;
 /// How much goes to stderr in one write.
 const WRITE: usize = 64 << 10;
 
-/// The log's end: dropping it writes what waits, for a second at most.
+/// How long the end of the log may take.
+const END: Duration = Duration::from_millis(1500);
+
+/// The log's end: dropping it writes what waits, as far as that is possible within a second or two.
 #[derive(Debug)]
 #[must_use = "the log ends with it"]
 pub struct Log {
@@ -133,14 +139,22 @@ pub struct Log {
 
 impl Drop for Log {
     fn drop(&mut self) {
-        drop(self.writer.take());
-        let lost = self.lost.dropped_lines();
-        if lost > 0 {
-            // Whoever did not read before may not read this either.
-            let _ = writeln!(
-                io::stderr(),
-                "{lost} lines of the log were lost: stderr was not read fast enough"
-            );
+        let (writer, lost) = (self.writer.take(), self.lost.clone());
+        let (end, ended) = mpsc::channel::<()>();
+        // Whoever did not read before may not read the rest either, and must not keep the program from ending.
+        let ending = thread::Builder::new().spawn(move || {
+            let _end = end;
+            drop(writer);
+            let lost = lost.dropped_lines();
+            if lost > 0 {
+                let _ = writeln!(
+                    io::stderr(),
+                    "{lost} lines of the log were lost: stderr was not read fast enough"
+                );
+            }
+        });
+        if ending.is_ok() {
+            let _ = ended.recv_timeout(END);
         }
     }
 }

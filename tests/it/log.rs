@@ -8,7 +8,7 @@ use kube_tunnel::testing::FakeCluster;
 use serde_json::Value;
 
 use crate::app::{PATIENCE, web};
-use crate::client::fetch;
+use crate::client::{Client, Reply, fetch, get};
 use crate::program::{Lines, Running, address, kubeconfig, path, program};
 
 /// Starts the program on a free port of 127.0.0.1.
@@ -106,9 +106,11 @@ async fn a_log_that_nobody_reads_holds_up_no_request() {
     let cluster = FakeCluster::start().await.unwrap();
     let _workload = web(&cluster, 1);
     let (running, log, address) = start(&cluster, &["--log-level=debug"]).await;
-    // Many times as much as a pipe holds.
-    for _ in 0..500 {
-        let reply = tokio::time::timeout(PATIENCE, fetch(address, "web.shop", "/")).await;
+    // More than a pipe holds, and more lines than wait for it.
+    let mut client = Client::http1(address).await;
+    for _ in 0..2500 {
+        let answered = async { Reply::read(client.send(get("web.shop", "/")).await).await };
+        let reply = tokio::time::timeout(PATIENCE, answered).await;
         assert_eq!(reply.expect("held up by the log").status, StatusCode::OK);
     }
     running.signal("-TERM");
