@@ -81,6 +81,7 @@ impl Dialer {
         pod: &PodRef,
         ports: &Arc<Ports>,
     ) -> Result<Dialed, ConnectError> {
+        let since = self.carriers.changes();
         let (mut first, mut doubtful) = (None, false);
         for (index, &carrier) in forms.iter().enumerate() {
             if carrier == Carrier::Channel {
@@ -92,7 +93,7 @@ impl Dialer {
             let Refusal { error, verdict } = match self.dial_as(carrier, pod, ports).await {
                 Ok(session) => {
                     debug!(?carrier, %pod, "a port-forward works");
-                    self.carriers.note(carrier, doubtful, Instant::now());
+                    self.carriers.note(carrier, doubtful, since, Instant::now());
                     return Ok(Dialed::Session(session));
                 }
                 Err(refusal) => refusal,
@@ -133,11 +134,12 @@ impl Dialer {
         target: &Target,
         single: Single,
     ) -> Result<BoxStream, ConnectError> {
+        let since = self.carriers.changes();
         let opening = channel::open(self.client.clone(), target, self.timeout);
         match self.gate.pass(opening).await {
             Ok(stream) => {
                 self.carriers
-                    .note(Carrier::Channel, single.doubtful, Instant::now());
+                    .note(Carrier::Channel, single.doubtful, since, Instant::now());
                 Ok(stream)
             }
             Err(Refusal {

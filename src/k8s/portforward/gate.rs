@@ -22,8 +22,12 @@ const PROMPT: Duration = Duration::from_millis(500);
 /// How soon a server that could not be reached is tried again, give or take half of it. Whoever waits is served so much late.
 const SPACING: Duration = Duration::from_millis(100);
 
-/// For how long connections wait because the server asks for it. Where it is longer they fail, and are not tried.
-const LONGEST: Duration = Duration::from_secs(5);
+/// For how long connections wait because the server asks for it. Where it is longer they fail, and are not tried. API servers
+/// that start or stop ask for five seconds (`apiserver:pkg/server/filters/with_retry_after.go`), which gets longer by a quarter.
+const LONGEST: Duration = Duration::from_secs(7);
+
+/// What is taken of what the server asks for: whoever asks for an hour may be well in a minute.
+const MOST: Duration = Duration::from_secs(30);
 
 /// Lets openings pass.
 #[derive(Debug)]
@@ -122,11 +126,17 @@ impl Gate {
             Err(Refusal {
                 verdict: Verdict::Busy(wait),
                 ..
-            }) => wait.mul_f64(1.0 + fastrand::f64() / 4.0),
+            }) => (*wait).min(MOST).mul_f64(1.0 + fastrand::f64() / 4.0),
+            // That may be one node's. While the server is in trouble it goes on, and those that wait are told.
             Err(Refusal {
                 verdict: Verdict::Silent,
                 ..
-            }) => return,
+            }) => {
+                if let Some(trouble) = &mut *self.trouble() {
+                    trouble.at = now;
+                }
+                return;
+            }
             _ => {
                 *self.trouble() = None;
                 return;
@@ -240,6 +250,39 @@ mod tests {
         let refused = gate.pass(async { Ok::<_, Refusal>(()) }).await.unwrap_err();
         assert_eq!(refused.verdict, Verdict::Busy(2 * LONGEST));
         assert!(before.elapsed() < PROMPT);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nobody_is_sent_away_for_long() {
+        let gate = Gate::new();
+        let busy = async { refused::<()>(Verdict::Busy(Duration::MAX)) };
+        gate.pass(busy).await.unwrap_err();
+        tokio::time::advance(MOST).await;
+        gate.pass(async { Ok::<_, Refusal>(()) }).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_starts_is_waited_for() {
+        let gate = Gate::new();
+        let busy = async { refused::<()>(Verdict::Busy(Duration::from_secs(5))) };
+        gate.pass(busy).await.unwrap_err();
+        gate.pass(async { Ok::<_, Refusal>(()) }).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_after_trouble_is_told_to_all_that_wait() {
+        let gate = Gate::new();
+        gate.pass(async { refused::<()>(Verdict::Unreachable) })
+            .await
+            .unwrap_err();
+        let timeout = Duration::from_secs(10);
+        let silent = || async {
+            tokio::time::sleep(timeout).await;
+            refused::<()>(Verdict::Silent)
+        };
+        let before = Instant::now();
+        join_all((0..100).map(|_| gate.pass(silent()))).await;
+        assert!(before.elapsed() < 3 * timeout, "{:?}", before.elapsed());
     }
 
     #[tokio::test(start_paused = true)]

@@ -76,9 +76,17 @@ impl Memory {
         self.lock().changes
     }
 
-    /// Remembers that a form works. `doubtful`: better ones were refused in a way that may be a moment's trouble.
-    pub(super) fn note(&self, carrier: Carrier, doubtful: bool, now: Instant) {
+    /// Remembers that a form works. `doubtful`: better ones were refused in a way that may be a moment's trouble. `since`: the
+    /// count of changes when it was tried; a better form that was found meanwhile stays.
+    pub(super) fn note(&self, carrier: Carrier, doubtful: bool, since: u64, now: Instant) {
+        let rank = |form| self.wanted.order().iter().position(|&other| other == form);
         let mut inner = self.lock();
+        if let Some(known) = inner.known
+            && inner.changes != since
+            && rank(known.carrier) < rank(carrier)
+        {
+            return;
+        }
         if let Some(known) = &mut inner.known
             && known.carrier == carrier
         {
@@ -141,7 +149,7 @@ mod tests {
     #[test]
     fn better_forms_are_tried_again_by_one_and_less_often_each_time() {
         let (memory, mut now) = (Memory::new(Carriers::Auto), Instant::now());
-        memory.note(Carrier::Channel, true, now);
+        memory.note(Carrier::Channel, true, memory.changes(), now);
         for pause in [SOON, 2 * SOON, 4 * SOON] {
             assert!(memory.better(now + pause / 2).is_empty());
             now += pause;
@@ -154,9 +162,21 @@ mod tests {
     fn a_form_that_works_again_and_again_does_not_put_off_the_better_ones() {
         let (memory, now) = (Memory::new(Carriers::Auto), Instant::now());
         for round in 0..=10 {
-            memory.note(Carrier::Tunnel, false, now + round * LATER / 10);
+            memory.note(Carrier::Tunnel, false, memory.changes(), now + round * LATER / 10);
         }
         assert_eq!(memory.better(now + LATER), [Carrier::Spdy]);
+    }
+
+    #[test]
+    fn a_worse_form_that_was_tried_before_a_better_one_was_found_does_not_replace_it() {
+        let (memory, now) = (Memory::new(Carriers::Auto), Instant::now());
+        memory.note(Carrier::Channel, false, memory.changes(), now);
+        let since = memory.changes();
+        memory.note(Carrier::Spdy, false, memory.changes(), now);
+        memory.note(Carrier::Channel, false, since, now);
+        assert!(memory.works(Carrier::Spdy));
+        memory.note(Carrier::Channel, false, memory.changes(), now);
+        assert!(memory.works(Carrier::Channel), "the better one has failed since");
     }
 
     #[test]
@@ -167,7 +187,7 @@ mod tests {
             (Carriers::Channel, Carrier::Channel),
         ] {
             let memory = Memory::new(wanted);
-            memory.note(carrier, false, now);
+            memory.note(carrier, false, memory.changes(), now);
             assert!(memory.better(now + 2 * LATER).is_empty(), "{wanted:?}");
         }
     }
@@ -175,12 +195,12 @@ mod tests {
     #[test]
     fn trouble_that_does_not_end_casts_doubt_and_one_success_ends_it() {
         let (memory, now) = (Memory::new(Carriers::Auto), Instant::now());
-        memory.note(Carrier::Spdy, false, now);
+        memory.note(Carrier::Spdy, false, memory.changes(), now);
         for _ in 1..TROUBLES {
             memory.troubled();
         }
         assert!(memory.works(Carrier::Spdy));
-        memory.note(Carrier::Spdy, false, now);
+        memory.note(Carrier::Spdy, false, memory.changes(), now);
         for _ in 0..TROUBLES {
             assert!(memory.works(Carrier::Spdy));
             memory.troubled();

@@ -113,14 +113,14 @@ impl Pool {
             };
             let opened = match tokio::time::timeout(PATIENCE, &mut opened).await {
                 Ok(opened) => opened,
-                Err(_) => match self.share(port) {
+                Err(_) => match self.share(port, false) {
                     Some(stream) => return Ok(Way::Stream(stream)),
                     None => opened.await,
                 },
             };
             match opened {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => return self.share(port).map(Way::Stream).ok_or(error),
+                Ok(Err(error)) => return self.share(port, true).map(Way::Stream).ok_or(error),
                 Err(_) => return Err(ConnectError::Unavailable("kube-tunnel is shutting down".into())),
             }
         }
@@ -194,16 +194,16 @@ impl Pool {
         });
     }
 
-    /// Opens a stream on a session that takes connections, however many others it has.
-    fn share(&self, port: u16) -> Option<PodStream> {
+    /// Opens a stream on a session that takes connections, however many others it has; on `any` that works if none does.
+    fn share(&self, port: u16, any: bool) -> Option<PodStream> {
         let mut inner = self.lock();
         let loads = inner.prune();
         let open = inner
             .sessions
             .iter()
             .zip(loads)
-            .filter(|(_, load)| load.open && !inner.closed);
-        let (session, _) = open.min_by_key(|(_, load)| load.live)?;
+            .filter(|(_, load)| (load.open || any) && !inner.closed);
+        let (session, _) = open.min_by_key(|(_, load)| (!load.open, load.live))?;
         Some(session.connect(port, !self.ports.is_small(port)))
     }
 
@@ -213,7 +213,7 @@ impl Pool {
         if inner.closed {
             session.retire();
         } else {
-            inner.failures = 0;
+            (inner.failures, inner.paused_until) = (0, Instant::now());
             inner.single = None;
             inner.dialed_in = Some(inner.dialed_in.map_or(taken, |least| least.min(taken)));
             inner.sessions.push(session.clone());
@@ -289,6 +289,10 @@ impl Inner {
             }
             !load.worn
         });
+        if loads.is_empty() {
+            // The way may be another one when it is used again.
+            self.dialed_in = None;
+        }
         loads
     }
 }
@@ -330,14 +334,15 @@ impl Dialing {
     /// already been told.
     fn finish(&mut self, result: &Result<(), ConnectError>) {
         let mut inner = self.pool.lock();
-        if result.is_err() {
+        // While others are being opened, the failure of one says nothing.
+        let last = inner.dialing == 1;
+        if result.is_err() && last {
             // Jitter, so that the pools of many pods do not come back all at once.
             let pause = (FIRST_PAUSE * 2_u32.saturating_pow(inner.failures)).min(LONGEST_PAUSE);
             inner.failures = (inner.failures + 1).min(10);
             inner.paused_until = Instant::now() + pause.mul_f64(0.5 + fastrand::f64());
         }
-        // While others are being opened, the failure of one says nothing to those who wait.
-        if result.is_ok() || inner.dialing == 1 {
+        if result.is_ok() || last {
             for waiting in inner.waiting.drain(..) {
                 let _ = waiting.send(result.clone());
             }

@@ -33,8 +33,8 @@ impl Pools {
         Some(inner.by_pod.entry(pod.clone()).or_insert_with(new).clone())
     }
 
-    /// Gives up what leads to a pod that is ending or gone: no connection goes there any more, and its sessions end with
-    /// those they have.
+    /// Gives up what leads to a pod that is ending or gone: its sessions end with the connections they have. A connection that
+    /// is asked for later all the same gets sessions of its own.
     pub(in crate::k8s) fn leave(&self, pod: &PodRef) {
         let left = self.lock().by_pod.remove(pod);
         if let Some(pool) = left {

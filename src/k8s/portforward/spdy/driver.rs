@@ -142,8 +142,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
         Ok(())
     }
 
-    /// Reads what is there already of a connection that takes nothing any more: answers may be among it. There is an end to
-    /// that, since nobody reads them meanwhile, and what waits for readers is bounded.
+    /// Reads what is there already of a connection that takes nothing any more: answers may be among it. Tokio's budget for a
+    /// task bounds that.
     fn read_rest(&mut self, now: Instant, cx: &mut Context<'_>) {
         while matches!(self.read(now, cx), Ok(true)) {}
     }

@@ -95,11 +95,8 @@ impl State {
 
     /// Gives readers up once they have held up others for too long: all that have stopped, else the slowest.
     pub(super) fn tick_pause(&mut self, now: Instant) {
-        if self.pause.is_none() || self.live() < 2 {
-            return;
-        }
         self.count(now);
-        if self.held.total < HELD_UP {
+        if self.pause.is_none() || self.held.total < HELD_UP {
             return;
         }
         let patient = self.held.awaited < HELD_UP && self.held.total < HELD_UP_UNKNOWN;
@@ -127,6 +124,16 @@ impl State {
         };
         let time = now.duration_since(pause.counted);
         pause.counted = now;
+        if self
+            .connections
+            .iter()
+            .filter(|(_, entry)| is_used(entry))
+            .count()
+            < 2
+        {
+            self.held = Held::default(); // it holds up nobody
+            return;
+        }
         let slowest = pause.slowest;
         let waits = |(key, entry): (usize, &Entry)| {
             let opening = entry.begun_at.is_some() && entry.replied_at.is_none();

@@ -79,6 +79,24 @@ fn a_reader_that_goes_on_slowly_is_let_be_for_longer_when_nobody_is_known_to_wai
 }
 
 #[test]
+fn the_time_in_which_a_slow_reader_had_no_neighbours_is_not_held_against_it() {
+    let (mut scene, keys) = shared(1);
+    let slow = keys[0];
+    let go_on = |scene: &mut Scene, time: Duration| {
+        let begun = scene.now;
+        while scene.now - begun < time {
+            scene.fill(slow);
+            scene.pass(Duration::from_millis(200));
+            scene.read(slow).unwrap().unwrap();
+        }
+    };
+    go_on(&mut scene, Duration::from_mins(2));
+    let other = scene.open(80);
+    scene.read(other);
+    go_on(&mut scene, Duration::from_secs(4));
+}
+
+#[test]
 fn what_many_stalled_readers_keep_is_bounded_and_all_of_them_give_way_at_once() {
     let (mut scene, mut keys) = shared(101);
     let lively = keys.pop().unwrap();
