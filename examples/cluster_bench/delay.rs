@@ -132,13 +132,14 @@ async fn hold(
     let take = async {
         let mut buffer = vec![0; 64 * 1024];
         loop {
-            let length = from.read(&mut buffer).await?;
+            let read = from.read(&mut buffer).await;
             if swallows() {
-                match length {
-                    0 => std::future::pending().await,
-                    _ => continue,
+                match read {
+                    Ok(1..) => continue,
+                    Ok(0) | Err(_) => std::future::pending().await,
                 }
             }
+            let length = read?;
             let piece = (Instant::now() + half, buffer[..length].to_vec());
             if length == 0 || sender.send(piece).await.is_err() {
                 drop(sender);

@@ -150,11 +150,7 @@ async fn delete(namespace: &str, pod: &Pod) -> Result<()> {
 
 async fn kubectl(arguments: &[&str]) -> Result<Output> {
     let mut command = Command::new("kubectl");
-    let output = command
-        .arg("--request-timeout=20s")
-        .args(arguments)
-        .output()
-        .await?;
+    let output = command.args(arguments).output().await?;
     ensure!(
         output.status.success(),
         "kubectl {arguments:?}: {}",

@@ -72,7 +72,7 @@ async fn ask(stream: &mut BoxStream, path: &str) {
 #[tokio::test]
 async fn readers_that_stall_do_not_touch_what_was_opened_at_the_same_moment() {
     // With the lively one as many as get a session of their own when they come together.
-    const STALLED: usize = 2;
+    const STALLED: usize = 1;
     let cluster = FakeCluster::start().await.unwrap();
     let workload = pod(&cluster);
     let kubeconfig = tempfile::NamedTempFile::new().unwrap();
