@@ -150,6 +150,8 @@ pub(super) struct State {
     asked_at: Option<Instant>,
     /// When a sign of life was asked for, if nothing has come since.
     probed_at: Option<Instant>,
+    /// When the probes were sent that the peer's read loop has not answered.
+    probes: VecDeque<Instant>,
     /// When payload last moved.
     active_at: Instant,
     /// Since when there have been connections.
@@ -203,6 +205,7 @@ impl State {
             heard_at: now,
             asked_at: None,
             probed_at: None,
+            probes: VecDeque::new(),
             active_at: now,
             busy_since: None,
             bulk_until: None,

@@ -40,7 +40,7 @@ pub(super) struct Workers {
     pings: u32,
     /// PINGs without an answer, in the order in which they were sent.
     unanswered: VecDeque<Ping>,
-    /// When the latest PING that was answered had been sent.
+    /// When the latest frame was sent that was answered by a worker, or by the loop before them.
     answered: Option<Instant>,
     /// The shortest way there and back seen.
     round_trip: Option<Duration>,
@@ -168,12 +168,18 @@ impl Workers {
         self.round_trip = Some(self.round_trip.map_or(time, |known| known.min(time)));
     }
 
+    /// Notes that the loop which feeds the workers has had what was sent by then. Without it nobody could tell, when all
+    /// workers have been lost at the same time.
+    pub(super) fn arrived(&mut self, sent_at: Instant) {
+        self.answered = self.answered.max(Some(sent_at));
+    }
+
     /// Returns the shortest way there and back, or zero while none is known.
     pub(super) fn round_trip(&self) -> Duration {
         self.round_trip.unwrap_or_default()
     }
 
-    /// Tells whether a PING that was sent after a time has been answered.
+    /// Tells whether something that was sent after a time has been answered.
     pub(super) fn has_answered_after(&self, time: Instant) -> bool {
         self.answered > Some(time)
     }

@@ -125,7 +125,8 @@ impl State {
             let waited = now.duration_since(place.at.max(self.resumed_at));
             // It may still be on its way to the server; what was sent later and has been answered tells that it is not.
             let arrived = self.workers.has_answered_after(place.at) || !self.workers.may_ask();
-            if waited >= UNHANDED && !arrived && !self.workers.is_suspect(place.class) {
+            let unsure = waited >= UNHANDED && !arrived;
+            if unsure && !self.workers.is_suspect(place.class) {
                 self.workers.suspect(place.class);
             }
             if !paused && arrived && waited >= REPLY + 4 * self.workers.round_trip() {
@@ -136,6 +137,9 @@ impl State {
                 );
                 self.want(key, Ours::ResetWanted);
                 self.retired = true;
+            }
+            if unsure {
+                self.ask_loop(now);
             }
         }
         waits |= !paused && self.is_held_up(key, now);
@@ -208,8 +212,11 @@ impl State {
         }
         let waited = now.duration_since(since.max(self.resumed_at));
         if waited < HELD_UP || !self.workers.is_stuck(place.class, now) {
-            if waited >= UNHANDED && !self.workers.is_suspect(place.class) {
-                self.workers.suspect(place.class);
+            if waited >= UNHANDED {
+                if !self.workers.is_suspect(place.class) {
+                    self.workers.suspect(place.class);
+                }
+                self.ask_loop(now);
             }
             return true;
         }

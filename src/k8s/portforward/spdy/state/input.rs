@@ -8,7 +8,7 @@ use crate::k8s::portforward::cause;
 use crate::k8s::portforward::ports::{Behaviour, Size};
 use crate::k8s::portforward::spdy::entry::{Half, Ours, Outcome};
 use crate::k8s::portforward::spdy::frame::{Event, FrameError};
-use crate::k8s::portforward::spdy::state::output::PAIR;
+use crate::k8s::portforward::spdy::state::output::{PAIR, PROBE};
 use crate::k8s::portforward::spdy::state::{BULK, BULK_SPAN, LARGE, RUN, State};
 
 impl State {
@@ -63,6 +63,11 @@ impl State {
             },
             Event::Reset { stream, .. } => match self.find(stream) {
                 Some((key, error_stream)) => self.stream_ended(key, error_stream, Half::Reset, now),
+                None if stream == PROBE => {
+                    if let Some(sent_at) = self.probes.pop_front() {
+                        self.workers.arrived(sent_at);
+                    }
+                }
                 None => self.barrier_answered(stream),
             },
             Event::Ping { id } => self.workers.pong(id, now),

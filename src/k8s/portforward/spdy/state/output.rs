@@ -302,11 +302,19 @@ impl State {
     pub(super) fn probe(&mut self, now: Instant) {
         if self.last_id > PROBE {
             self.encoder.bare(&mut self.out, PROBE);
+            self.probes.push_back(now);
         } else {
             self.round(now);
         }
         self.probed_at = Some(now);
         self.wake_driver();
+    }
+
+    /// Asks the peer's read loop, which needs no worker to answer, whether what was sent has arrived, unless it was asked.
+    pub(super) fn ask_loop(&mut self, now: Instant) {
+        if self.probes.is_empty() {
+            self.probe(now);
+        }
     }
 
     /// Wakes the writers that have room.

@@ -200,6 +200,52 @@ fn an_opening_that_waits_in_a_slow_uplink_is_not_given_up() {
     assert!(!scene.state.load(scene.now).worn);
 }
 
+/// Lets time pass on a session of which only the loop still answers that feeds the workers.
+fn answer_from_the_loop(scene: &mut Scene, time: Duration) {
+    let end = scene.now + time;
+    while scene.now < end {
+        scene.pass(Duration::from_millis(100));
+        for frame in scene.written() {
+            if frame == Wrote::Open(output::PROBE) {
+                let mut refused = Vec::new();
+                frame::reset(&mut refused, output::PROBE, 1);
+                scene.receive(&refused);
+            }
+        }
+    }
+}
+
+#[test]
+fn an_opening_that_a_lost_worker_has_is_given_up_though_the_others_were_asked_at_the_same_moment() {
+    let mut scene = Scene::new();
+    scene.answer_pings();
+    let key = scene.open(80);
+    scene.write(key, 10);
+    let lost = scene.id(key) % 5;
+    scene.state.workers.suspect(lost as usize);
+    scene.answer_pings_but(Some(lost));
+    answer_from_the_loop(&mut scene, Duration::from_secs(4));
+    assert_eq!(kind(scene.read(key)), io::ErrorKind::TimedOut);
+}
+
+#[test]
+fn what_all_workers_have_lost_at_the_same_time_is_given_up() {
+    let (mut scene, keys) = shared(WORKERS);
+    scene.answer_pings();
+    for &key in &keys {
+        scene.write(key, 10);
+    }
+    let opened = scene.open(80);
+    scene.write(opened, 10);
+    scene.written();
+    answer_from_the_loop(&mut scene, Duration::from_secs(8));
+    for &key in &keys {
+        assert_eq!(kind(scene.read(key)), io::ErrorKind::ConnectionAborted);
+    }
+    assert_eq!(kind(scene.read(opened)), io::ErrorKind::TimedOut);
+    assert!(scene.state.load(scene.now).worn);
+}
+
 #[test]
 fn a_session_is_in_use_until_its_last_connection_is_let_go_of() {
     let mut scene = Scene::new();
