@@ -6,7 +6,7 @@
 
 mod peer;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use allocation_counter::measure;
 use kube_tunnel::drain::Drain;
@@ -16,6 +16,7 @@ use kube_tunnel::transport::BoxStream;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Runtime;
+use tokio::time::Instant;
 
 use peer::Echo;
 
