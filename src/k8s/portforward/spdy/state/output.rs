@@ -301,8 +301,7 @@ impl State {
     /// Asks for a sign of life.
     pub(super) fn probe(&mut self, now: Instant) {
         if self.last_id > PROBE {
-            self.encoder.bare(&mut self.out, PROBE);
-            self.probes.push_back(now);
+            self.send_probe(now);
         } else {
             self.round(now);
         }
@@ -310,11 +309,18 @@ impl State {
         self.wake_driver();
     }
 
-    /// Asks the peer's read loop, which needs no worker to answer, whether what was sent has arrived, unless it was asked.
+    /// Asks the peer's read loop, which needs no worker to answer, whether what was sent has arrived, unless it was asked. That
+    /// changes nothing about how long the session may be silent.
     pub(super) fn ask_loop(&mut self, now: Instant) {
-        if self.probes.is_empty() {
-            self.probe(now);
+        if self.probes.is_empty() && self.last_id > PROBE {
+            self.send_probe(now);
+            self.wake_driver();
         }
+    }
+
+    fn send_probe(&mut self, now: Instant) {
+        self.encoder.bare(&mut self.out, PROBE);
+        self.probes.push_back(now);
     }
 
     /// Wakes the writers that have room.
