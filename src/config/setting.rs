@@ -288,8 +288,8 @@ pub static READY_TIMEOUT: Setting = Setting::new(
     "ready-timeout",
     Kind::Duration,
     Some("10s"),
-    "How long a request waits while a Service is between pods",
-    "Covers a restart of a single pod. A Service that never had a pod is answered at once.",
+    "How long a request waits while a Service is between pods, or the cluster has no way to them",
+    "Covers a restart of a single pod, or of a kubelet. A Service that never had a pod is answered at once.",
 );
 /// How long the API server may take.
 pub static API_TIMEOUT: Setting = Setting::new(

@@ -85,6 +85,11 @@ pub enum Error {
     /// The way to the pod could not be opened.
     #[error("{}", connect_text(.0, .1))]
     Connect(Target, ConnectError),
+    /// The pod was reached, but TLS with it failed.
+    #[error(
+        "no TLS with {0} ({1}); check that the port speaks TLS, and which authorities --backend-tls names"
+    )]
+    Handshake(Target, String),
     /// The pod's port refused the connection.
     #[error("port-forward to {0} failed: {1}; check that a container listens on that port of localhost")]
     Refused(Target, String),
@@ -162,7 +167,7 @@ impl Error {
                 ConnectError::PodGone(_) | ConnectError::Unavailable(_) => (502, grpc::UNAVAILABLE, "UF"),
                 ConnectError::Timeout(..) => (504, grpc::DEADLINE_EXCEEDED, "UF"),
             },
-            Self::Refused(..) => (502, grpc::UNAVAILABLE, "UF"),
+            Self::Handshake(..) | Self::Refused(..) => (502, grpc::UNAVAILABLE, "UF"),
             Self::NotProcessed(..) => (503, grpc::UNAVAILABLE, "UR"),
             Self::Protocol(..) | Self::Coding(..) => (502, grpc::INTERNAL, "UPE"),
             Self::UnknownCoding => (501, grpc::UNIMPLEMENTED, "NR"),
@@ -181,7 +186,7 @@ impl Error {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Refused(..) | Self::NotProcessed(..) | Self::Reset(..) => true,
+            Self::Handshake(..) | Self::Refused(..) | Self::NotProcessed(..) | Self::Reset(..) => true,
             Self::Connect(_, error) => {
                 matches!(
                     error,
@@ -195,12 +200,23 @@ impl Error {
         }
     }
 
+    /// Says whether the cluster could not make the way to a pod that it lists as ready. That passes: either the pods come
+    /// back, or the list changes.
+    #[must_use]
+    pub fn is_way_missing(&self) -> bool {
+        use ConnectError::{PodGone, Unavailable, Unreachable};
+        matches!(
+            self,
+            Self::Connect(_, PodGone(_) | Unreachable(_) | Unavailable(_))
+        )
+    }
+
     /// Says whether no byte of the request can have reached the application, so that even an unsafe one may be sent again.
     #[must_use]
     pub fn is_before_send(&self) -> bool {
         matches!(
             self,
-            Self::Connect(..) | Self::Refused(..) | Self::NotProcessed(..)
+            Self::Connect(..) | Self::Handshake(..) | Self::Refused(..) | Self::NotProcessed(..)
         )
     }
 }

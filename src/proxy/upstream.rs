@@ -224,11 +224,7 @@ impl Shared {
         if self.tls.warn.swap(false, Ordering::Relaxed) {
             warn!(endpoint = %peer.target, "certificates of pods are not checked; --backend-tls names authorities that count");
         }
-        let failed = |reason: String| {
-            unopened(ConnectError::Unavailable(format!(
-                "no TLS with the pod ({reason})"
-            )))
-        };
+        let failed = |reason: String| Error::Handshake(peer.target.clone(), reason);
         let other =
             |reason: &str| Error::Protocol(peer.target.clone(), peer.wire.as_str(), reason.to_owned());
         let name = ServerName::try_from(peer.server_name.as_deref().unwrap_or_default().to_owned())

@@ -29,11 +29,12 @@ pub fn check(data: &[u8]) {
 
 /// Two ends of a connection depend on what had arrived by then. A head that is wrong and not finished is refused at once or given
 /// up after the limit for headers, as hyper reads a head that came in part again only when its empty line is there. And a
-/// request that the proxy answers without reading its body is the last one if the body has not come yet.
+/// request that the proxy answers without reading its body is the last one if the body has not come yet, or the last but one
+/// if the next one has begun to come by then.
 fn ends_early(pieces: &Exchange, in_pieces: &[Answer], whole: &Exchange, at_once: &[Answer]) -> bool {
     let missing = at_once.strip_prefix(in_pieces).unwrap_or_default();
     let refusal = matches!(missing, [Answer { own: true, status }] if status.starts_with('4'));
-    let unread = in_pieces.last().is_some_and(|last| last.own);
+    let unread = in_pieces.iter().rev().take(2).any(|answer| answer.own);
     !missing.is_empty() && whole.requests.starts_with(&pieces.requests) && (refusal || unread)
 }
 

@@ -83,7 +83,9 @@ fn as_without(head: &[u8]) {
 /// 9113 section 8.2.3).
 fn essence(request: &Message) -> Message {
     let mut request = request.clone();
-    let cookies = request.all("cookie").join("; ");
+    let mut cookies = request.all("cookie");
+    cookies.retain(|cookie| !cookie.is_empty());
+    let cookies = cookies.join("; ");
     request
         .fields
         .retain(|(name, _)| name != "via" && name != "cookie");

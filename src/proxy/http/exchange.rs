@@ -46,7 +46,8 @@ pub(super) struct Answered {
 /// Sends the request to one endpoint after the other until one answers or nothing is left to try.
 ///
 /// An endpoint that has not failed yet is tried at once; when all have, the policy's pause comes before the next round. A
-/// request that may have arrived somewhere is sent again `max_retries` times at most, however many endpoints there are.
+/// request that may have arrived somewhere is sent again `max_retries` times at most, however many endpoints there are. Where
+/// the cluster has ready pods but no way to them, as while a kubelet restarts, a request waits for one as it waits for a pod.
 pub(super) async fn exchange(
     context: &Context,
     destination: &Destination,
@@ -67,6 +68,7 @@ pub(super) async fn exchange(
         );
     }
     let mut attempts = Attempts::new(context.retry);
+    let patient_until = Instant::now() + context.ready_timeout;
     let mut failed: Vec<PodRef> = Vec::new();
     let (mut pauses, mut fresh, mut switched) = (0, Fresh::No, None::<Switched>);
     loop {
@@ -192,10 +194,11 @@ pub(super) async fn exchange(
         }
         failed.push(endpoint.pod.clone());
         if last {
-            if pauses == context.retry.max_retries {
+            let pause = context.retry.jittered(pauses, fastrand::f64());
+            let waits = error.is_way_missing() && Instant::now() + pause <= patient_until;
+            if pauses >= context.retry.max_retries && !waits {
                 return Err(error);
             }
-            let pause = context.retry.jittered(pauses, fastrand::f64());
             debug!(
                 request = record.request,
                 pause_ms = milliseconds(pause),

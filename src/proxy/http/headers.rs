@@ -224,6 +224,8 @@ fn join_cookies(headers: &mut HeaderMap) {
         .get_all(COOKIE)
         .iter()
         .map(HeaderValue::as_bytes)
+        // Nothing, with a separator around it, may end in a space, which no field does (RFC 9110 section 5.5).
+        .filter(|cookie| !cookie.is_empty())
         .collect();
     if let Ok(joined) = HeaderValue::from_bytes(&all.join(&b"; "[..])) {
         headers.insert(COOKIE, joined);
@@ -359,7 +361,13 @@ mod tests {
         let mut parts = request("http://a.b:81/x//y%2Fz?q=1", Version::HTTP_2, &[])
             .into_parts()
             .0;
-        parts.headers = headers(&[("cookie", "a=1"), ("cookie", "b=2"), ("te", "trailers")]);
+        let cookies = [
+            ("cookie", "a=1"),
+            ("cookie", ""),
+            ("cookie", "b=2"),
+            ("cookie", ""),
+        ];
+        parts.headers = headers(&[&cookies[..], &[("te", "trailers")]].concat());
         prepare(&mut parts, Wire::Http1, "a.b:81", false);
         assert_eq!(parts.uri, "/x//y%2Fz?q=1");
         assert_eq!(parts.headers["host"], "a.b:81");

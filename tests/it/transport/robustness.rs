@@ -176,19 +176,38 @@ async fn a_kubelet_that_has_just_restarted_costs_no_request() {
         let workload = pod(&cluster);
         let name = &workload.pods[0].name;
         cluster.faults().set_forward("shop", name, Some(trouble.clone()));
-        // Long pauses, so that the trouble is over before they are.
-        let flags = [(&setting::RETRY_DELAY_MS, "400")];
+        // Fewer retries than the trouble takes: it is waited for as a pod would be.
+        let flags = [(&setting::RETRY_DELAY_MS, "50"), (&setting::MAX_RETRIES, "1")];
         let app = TestApp::with(&cluster.kubeconfig(), &flags).await;
         let address = app.address;
         let request = tokio::spawn(async move { submit(address, WEB, "/").await });
-        eventually("a refused upgrade", || {
+        eventually("upgrades refused more often than retries go", || {
             let calls = cluster.calls();
-            calls.iter().any(|call| call.subresource.is_some())
+            calls.iter().filter(|call| call.subresource.is_some()).count() > 3
         })
         .await;
         cluster.faults().set_forward("shop", name, None);
         let reply = request.await.unwrap();
         assert_eq!(reply.status, StatusCode::OK, "{trouble:?}: {}", reply.text());
+    }
+}
+
+#[tokio::test]
+async fn a_way_that_never_comes_is_waited_for_as_long_as_for_a_pod() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = pod(&cluster);
+    let name = &workload.pods[0].name;
+    let broken = ForwardFault::Upgrade(StatusCode::INTERNAL_SERVER_ERROR);
+    cluster.faults().set_forward("shop", name, Some(broken));
+    for (retries, wait) in [("3", "200ms"), ("0", "10m")] {
+        let flags = [
+            (&setting::RETRY_DELAY_MS, "50"),
+            (&setting::MAX_RETRIES, retries),
+            (&setting::READY_TIMEOUT, wait),
+        ];
+        let app = TestApp::with(&cluster.kubeconfig(), &flags).await;
+        let reply = submit(app.address, WEB, "/").await;
+        assert_eq!(reply.status, StatusCode::BAD_GATEWAY, "{}", reply.text());
     }
 }
 
