@@ -12,6 +12,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep};
 
 use crate::contestant::Running;
+use crate::profile::Profile;
 
 /// More than any measurement moves.
 const ENDLESS: u64 = 1 << 44;
@@ -33,8 +34,10 @@ pub(crate) enum Way {
 pub(crate) struct Moved {
     /// Bytes per second.
     pub(crate) rate: f64,
-    /// Processor seconds of the contestant per GiB.
-    pub(crate) processor: f64,
+    /// How much, in GiB.
+    pub(crate) amount: f64,
+    /// Who took the processors meanwhile.
+    pub(crate) profile: Profile,
 }
 
 /// Moves bytes over some streams at once.
@@ -44,13 +47,14 @@ pub(crate) async fn run(running: &Running, way: Way, streams: usize, time: Durat
     let clock = async {
         sleep(RAMP).await;
         count.set(0);
-        let (begun, processor) = (Instant::now(), running.processor()?);
+        let (begun, before) = (Instant::now(), running.profile()?);
         sleep(time).await;
         let (bytes, seconds) = (count.get() as f64, begun.elapsed().as_secs_f64());
         ensure!(bytes > 0.0, "nothing was moved");
         Ok(Moved {
             rate: bytes / seconds,
-            processor: (running.processor()? - processor) / (bytes / f64::from(1 << 30)),
+            amount: bytes / f64::from(1 << 30),
+            profile: running.profile()?.since(before),
         })
     };
     tokio::select! {

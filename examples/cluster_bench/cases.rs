@@ -9,6 +9,7 @@ use crate::contestant::{Contestant, Running};
 use crate::delay::Delayed;
 use crate::load::{Ask, Load, lines, repeat};
 use crate::pingpong::{self, Beside};
+use crate::profile::{PARTIES, Party, Profile};
 use crate::recovery::Disturbance;
 use crate::report::{Figures, Measure};
 use crate::{Settings, memory};
@@ -186,10 +187,15 @@ async fn measure(kind: &Kind, running: &Running, other: &Running, settings: &Set
         Kind::FirstByte(_) => exchanges(running, &Ask::get(host, false), 1, settings.time, false).await?,
         Kind::Bulk(way, streams) => {
             let moved = bulk::run(running, way, streams, settings.time).await?;
-            vec![
+            let mut figures = vec![
                 (Measure::Bytes, moved.rate / 1e6),
-                (Measure::ProcessorPerGib, moved.processor),
-            ]
+                (
+                    Measure::ProcessorPerGib,
+                    moved.profile.of(Party::Contestant) / moved.amount,
+                ),
+            ];
+            figures.extend(shares(&moved.profile, moved.amount));
+            figures
         }
         Kind::PingPong(beside) => {
             let load = pingpong::run(running, other, beside, settings.time).await?;
@@ -216,9 +222,9 @@ async fn exchanges(
     rates: bool,
 ) -> Result<Figures> {
     let lines = lines(running.address(0), ask, count).await?;
-    let before = running.processor()?;
+    let before = running.profile()?;
     let load = repeat(lines, time).await;
-    let processor = running.processor()? - before;
+    let profile = running.profile()?.since(before);
     ensure!(
         load.failed * 100 <= load.answered,
         "{} of {} exchanges failed",
@@ -228,15 +234,24 @@ async fn exchanges(
     let mut figures = latencies(&load);
     if rates {
         figures.push((Measure::Rate, load.rate()));
+        let amount = load.answered as f64 / 1e4;
         figures.push((
             Measure::ProcessorPerRequests,
-            processor / load.answered as f64 * 1e4,
+            profile.of(Party::Contestant) / amount,
         ));
+        figures.extend(shares(&profile, amount));
     }
     if load.failed > 0 {
         figures.push((Measure::Failed, load.failed as f64));
     }
     Ok(figures)
+}
+
+/// What each took of the processors for each unit of `amount`.
+fn shares(profile: &Profile, amount: f64) -> impl Iterator<Item = (Measure, f64)> {
+    PARTIES
+        .into_iter()
+        .map(move |party| (Measure::Share(party), profile.of(party) / amount))
 }
 
 fn latencies(load: &Load) -> Figures {

@@ -7,17 +7,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
 
 use crate::POD;
+use crate::profile::Profile;
 
 /// How long a contestant may take until it listens.
 const START: Duration = Duration::from_secs(20);
-
-/// The kernel's unit of processor time in `/proc`, per second (time(7), `USER_HZ`).
-const TICKS: f64 = 100.0;
 
 /// One way to a pod.
 #[derive(Debug, Clone)]
@@ -165,15 +163,9 @@ impl Running {
         !matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// Returns the processor time that it has taken, in seconds (proc(5), `stat`, `utime` and `stime`).
-    pub(crate) fn processor(&self) -> Result<f64> {
-        let text = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
-        let (_, fields) = text.rsplit_once(')').context("a stat without a name")?;
-        let fields: Vec<_> = fields.split_whitespace().collect();
-        let (Some(user), Some(system)) = (fields.get(11), fields.get(12)) else {
-            bail!("a short stat");
-        };
-        Ok((user.parse::<f64>()? + system.parse::<f64>()?) / TICKS)
+    /// Returns what it and everybody else have taken of the processors.
+    pub(crate) fn profile(&self) -> Result<Profile> {
+        Profile::now(self.child.id())
     }
 
     /// Returns its resident memory in MiB (proc(5), `VmRSS`).

@@ -16,6 +16,7 @@ mod delay;
 mod load;
 mod memory;
 mod pingpong;
+mod profile;
 mod recovery;
 mod report;
 mod targets;

@@ -5,6 +5,7 @@ use std::fmt;
 
 use crate::cases::{CASES, Case};
 use crate::contestant::Contestant;
+use crate::profile::{PARTIES, Party};
 use crate::targets;
 
 /// What one measurement found.
@@ -33,6 +34,8 @@ pub(crate) enum Measure {
     MemoryOpen(usize),
     /// Time from where an answer is possible again to the first one.
     Recovery,
+    /// Processor time of one of those that share the machine, per 10,000 exchanges or per GiB; in a table of its own.
+    Share(Party),
     /// Exchanges that failed; not shown where none did.
     Failed,
 }
@@ -50,6 +53,7 @@ impl fmt::Display for Measure {
             Self::MemoryIdle => "idle, MiB",
             Self::MemoryOpen(count) => return write!(f, "{count} connections, MiB"),
             Self::Recovery => "s until it answers again",
+            Self::Share(party) => return write!(f, "CPU s of {party}"),
             Self::Failed => "failed",
         })
     }
@@ -78,11 +82,13 @@ impl Results {
     /// Adds one measurement, and says it on the way.
     pub(crate) fn add(&mut self, case: &Case, which: usize, figures: Figures) {
         for (measure, figure) in figures {
-            tell(&format!(
-                "  {}: {measure}: {}",
-                self.contestants[which],
-                short(figure)
-            ));
+            if !matches!(measure, Measure::Share(_)) {
+                tell(&format!(
+                    "  {}: {measure}: {}",
+                    self.contestants[which],
+                    short(figure)
+                ));
+            }
             let key = (case.name, measure, which);
             self.figures.entry(key).or_default().push(figure);
         }
@@ -118,6 +124,51 @@ impl Results {
         ratio.is_finite().then_some(ratio)
     }
 
+    /// Prints who took the processors, and how many times kubectl's rate would be left to a contestant that took nothing.
+    fn print_shares(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shares = |case: &Case, which| {
+            let share = |party| self.median(case.name, Measure::Share(party), which);
+            PARTIES.map(share).into_iter().collect::<Option<Vec<_>>>()
+        };
+        let mut begun = false;
+        for case in CASES {
+            for (which, contestant) in self.contestants.iter().enumerate() {
+                let Some(shares) = shares(case, which) else {
+                    continue;
+                };
+                if !std::mem::replace(&mut begun, true) {
+                    write!(f, "\n| CPU s per 10,000, or per GiB | with |")?;
+                    PARTIES.iter().try_for_each(|party| write!(f, " {party} |"))?;
+                    writeln!(f, " ÷ kubectl | if itself took none |")?;
+                    writeln!(f, "|---|---|{}", "---|".repeat(PARTIES.len() + 2))?;
+                }
+                write!(f, "| {} | {contestant} |", case.what)?;
+                shares
+                    .iter()
+                    .try_for_each(|share| write!(f, " {} |", short(*share)))?;
+                let ratio = [Measure::Rate, Measure::Bytes]
+                    .into_iter()
+                    .find_map(|measure| self.ratio(case.name, measure, which));
+                let (all, itself) = (
+                    shares.iter().sum::<f64>(),
+                    self.median(case.name, Measure::Share(Party::Contestant), which),
+                );
+                match (ratio, itself) {
+                    (Some(ratio), Some(itself)) => {
+                        writeln!(
+                            f,
+                            " {}x | {}x |",
+                            short(ratio),
+                            short(ratio * all / (all - itself))
+                        )?;
+                    }
+                    _ => writeln!(f, " | |")?,
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn kubectl(&self) -> usize {
         let kubectl = |one: &Contestant| matches!(one, Contestant::Kubectl);
         self.contestants.iter().position(kubectl).unwrap_or(0)
@@ -147,6 +198,7 @@ impl fmt::Display for Results {
                 .keys()
                 .filter(|(name, ..)| *name == case.name)
                 .map(|(_, measure, _)| *measure)
+                .filter(|measure| !matches!(measure, Measure::Share(_)))
                 .collect();
             measures.dedup();
             for measure in measures {
@@ -164,6 +216,7 @@ impl fmt::Display for Results {
                 writeln!(f)?;
             }
         }
+        self.print_shares(f)?;
         for failure in &self.failures {
             writeln!(f, "\nNot measured: {}", failure.replace('\n', " "))?;
         }
