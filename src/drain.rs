@@ -59,6 +59,12 @@ impl Drain {
         self.started.cancelled()
     }
 
+    /// Whether draining has begun.
+    #[must_use]
+    pub fn is_started(&self) -> bool {
+        self.started.is_cancelled()
+    }
+
     /// Starts the drain and waits until every task has ended, by force after `deadline`.
     ///
     /// Dropping the future leaves the drain started; calling it again waits again.

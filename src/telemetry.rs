@@ -62,11 +62,13 @@ impl Default for Filter {
 }
 
 impl Filter {
-    /// Libraries speak up only for what an operator should see; kube's watcher repeats every refusal we already report.
+    /// Libraries speak up only for what an operator should see; kube's watcher repeats every refusal we already report. `trace`
+    /// shows the frames of HTTP/2 besides those of port-forwards.
     fn level(level: &str) -> Self {
+        let frames = if level == "trace" { ",h2::codec=debug" } else { "" };
         Self {
             given: level.into(),
-            directives: format!("warn,kube_client=error,kube_runtime=error,kube_tunnel={level}"),
+            directives: format!("warn,kube_client=error,kube_runtime=error,kube_tunnel={level}{frames}"),
         }
     }
 }

@@ -149,7 +149,7 @@ where
     let accepting = boxed(|| tokio::time::timeout(timeout, acceptor.accept(stream)));
     let stream = match accepting.await {
         Ok(Ok(stream)) => Box::new(stream), // it is large, and moves through several futures
-        Ok(Err(error)) => return debug!(%client, %error, "TLS handshake failed"),
+        Ok(Err(error)) => return info!(%client, %error, "TLS handshake failed"),
         Err(_) => return debug!(%client, "closed: the TLS handshake took too long"),
     };
     let alpn = stream
@@ -190,8 +190,15 @@ where
         Protocol::Http2 => boxed(|| serve_http2(context, stream, downstream)).await,
         protocol => return info!(%client, ?protocol, "closed: this protocol is not served on this port"),
     };
-    if let Err(error) = ended {
-        debug!(%client, %error, "client connection ended");
+    match ended {
+        Ok(()) => {}
+        // The HTTP library has answered, with a status alone.
+        Err(error) if error.is_parse_too_large() => info!(
+            %client,
+            "the request's head cannot be read (431): it exceeds --max-header-bytes or --max-header-fields"
+        ),
+        Err(error) if error.is_parse() => info!(%client, %error, "the request's head cannot be read (400)"),
+        Err(error) => debug!(%client, %error, "client connection ended"),
     }
 }
 

@@ -6,16 +6,14 @@
 use std::fmt;
 use std::str::FromStr;
 
-use bytes::Bytes;
 use http::header::{
-    ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
-    ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS,
-    ACCESS_CONTROL_REQUEST_METHOD, HeaderMap, HeaderValue, ORIGIN, VARY,
+    ACCESS_CONTROL_ALLOW_CREDENTIALS, ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS,
+    ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE,
+    ACCESS_CONTROL_REQUEST_HEADERS, ACCESS_CONTROL_REQUEST_METHOD, HeaderMap, HeaderValue, ORIGIN, VARY,
 };
-use http::{Method, Request, Response, StatusCode, Uri};
+use http::{Method, Request, Response, Uri};
 
 use crate::name::{ClusterDomain, Host, Naming};
-use crate::proxy::body::ResponseBody;
 
 /// How long a browser may remember a preflight, in seconds: short, because the backend may begin to answer for itself.
 const MAX_AGE: HeaderValue = HeaderValue::from_static("60");
@@ -158,22 +156,26 @@ impl Cors {
         self.varies && self.origin.is_none()
     }
 
+    /// Returns the fields of the answer to a preflight that the backend has no answer to, whatever else it said: an answer
+    /// names an origin.
+    pub(super) fn preflight(&self, backend: &HeaderMap) -> Option<HeaderMap> {
+        let preflight = self.preflight.as_ref()?;
+        if self.origin.is_none() || backend.contains_key(ACCESS_CONTROL_ALLOW_ORIGIN) {
+            return None;
+        }
+        let mut headers = HeaderMap::new();
+        headers.insert(ACCESS_CONTROL_ALLOW_METHODS, preflight.method.clone());
+        if let Some(asked) = &preflight.headers {
+            headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, asked.clone());
+        }
+        headers.insert(ACCESS_CONTROL_MAX_AGE, MAX_AGE);
+        Some(headers)
+    }
+
     /// Completes a response that is about to go to the client.
-    pub(super) fn complete(self, mut response: Response<ResponseBody>) -> Response<ResponseBody> {
+    pub(super) fn complete<B>(self, mut response: Response<B>) -> Response<B> {
         if !self.varies || response.headers().contains_key(ACCESS_CONTROL_ALLOW_ORIGIN) {
             return response;
-        }
-        if let (Some(_), Some(preflight)) = (&self.origin, &self.preflight) {
-            // The backend has no answer to the preflight, whatever else it said.
-            let mut answer = Response::new(ResponseBody::own(Bytes::new()));
-            *answer.status_mut() = StatusCode::NO_CONTENT;
-            let headers = answer.headers_mut();
-            headers.insert(ACCESS_CONTROL_ALLOW_METHODS, preflight.method.clone());
-            if let Some(asked) = &preflight.headers {
-                headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, asked.clone());
-            }
-            headers.insert(ACCESS_CONTROL_MAX_AGE, MAX_AGE);
-            response = answer;
         }
         self.allow(response.headers_mut());
         response
@@ -188,6 +190,8 @@ impl Cors {
             let Some(origin) = self.origin else { return };
             headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin);
         }
+        // Where the backend lets no page read, it lets none read with credentials; our leave is not meant for those.
+        headers.remove(ACCESS_CONTROL_ALLOW_CREDENTIALS);
         if self.preflight.is_none() {
             // gRPC-Web reads its status from headers, which scripts see only if they are exposed.
             headers
@@ -222,17 +226,15 @@ mod tests {
         status: u16,
         headers: &[(&'static str, &'static str)],
     ) -> Response<()> {
-        let mut response = Response::new(ResponseBody::own(Bytes::new()));
-        *response.status_mut() = StatusCode::from_u16(status).unwrap();
+        let mut response = Response::new(());
+        *response.status_mut() = status.try_into().unwrap();
         for (name, value) in headers {
             response
                 .headers_mut()
                 .insert(*name, HeaderValue::from_static(value));
         }
         let policy = policy.parse().unwrap();
-        Cors::of(request, &policy, &ClusterDomain::default())
-            .complete(response)
-            .map(drop)
+        Cors::of(request, &policy, &ClusterDomain::default()).complete(response)
     }
 
     #[test]
@@ -295,14 +297,37 @@ mod tests {
 
     #[test]
     fn a_preflight_is_answered_for_allowed_origins_where_the_backend_does_not() {
-        let preflight = request(&Method::OPTIONS, Some(APP));
-        let response = answer(APP, &preflight, 405, &[]);
-        assert_eq!(response.status(), 204);
-        assert_eq!(response.headers()[ACCESS_CONTROL_ALLOW_METHODS], "PUT");
-        assert_eq!(response.headers()[ACCESS_CONTROL_ALLOW_HEADERS], "x-a, x-b");
-        assert_eq!(answer("local", &preflight, 405, &[]).status(), 405);
-        let own = [("access-control-allow-origin", "https://app.example.com")];
-        assert_eq!(answer(APP, &preflight, 200, &own).status(), 200);
+        let preflight = |policy: &str, method: &Method, backend: &HeaderMap| {
+            let policy = policy.parse().unwrap();
+            Cors::of(&request(method, Some(APP)), &policy, &ClusterDomain::default()).preflight(backend)
+        };
+        let none = HeaderMap::new();
+        let answer = preflight(APP, &Method::OPTIONS, &none).unwrap();
+        assert_eq!(answer[ACCESS_CONTROL_ALLOW_METHODS], "PUT");
+        assert_eq!(answer[ACCESS_CONTROL_ALLOW_HEADERS], "x-a, x-b");
+        assert_eq!(preflight("local", &Method::OPTIONS, &none), None);
+        assert_eq!(preflight(APP, &Method::GET, &none), None);
+        let own = HeaderMap::from_iter([(ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static(APP))]);
+        assert_eq!(preflight(APP, &Method::OPTIONS, &own), None);
+    }
+
+    #[test]
+    fn leave_to_read_never_comes_with_the_backends_credentials() {
+        let own = [("access-control-allow-credentials", "true")];
+        for policy in ["*", APP] {
+            let response = answer(policy, &request(&Method::GET, Some(APP)), 200, &own);
+            assert!(response.headers().contains_key(ACCESS_CONTROL_ALLOW_ORIGIN));
+            assert!(
+                !response.headers().contains_key(ACCESS_CONTROL_ALLOW_CREDENTIALS),
+                "{policy}"
+            );
+        }
+        let foreign = answer("local", &request(&Method::GET, Some(APP)), 200, &own);
+        assert_eq!(
+            foreign.headers()[ACCESS_CONTROL_ALLOW_CREDENTIALS],
+            "true",
+            "it allows nothing by itself"
+        );
     }
 
     #[test]

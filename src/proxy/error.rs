@@ -96,6 +96,9 @@ pub enum Error {
     /// The connection broke before a response came.
     #[error("connection to {0} was closed before it answered ({1})")]
     Reset(Target, String),
+    /// The pod reset the request's stream of HTTP/2 instead of answering.
+    #[error("{0} reset the request ({1:?})")]
+    StreamReset(Target, h2::Reason),
     /// The pod said that it did not process the request (RFC 9113 section 8.7).
     #[error("{0} did not take the request ({1})")]
     NotProcessed(Target, String),
@@ -133,6 +136,7 @@ mod grpc {
     pub(super) const DEADLINE_EXCEEDED: u8 = 4;
     pub(super) const NOT_FOUND: u8 = 5;
     pub(super) const PERMISSION_DENIED: u8 = 7;
+    pub(super) const RESOURCE_EXHAUSTED: u8 = 8;
     pub(super) const UNIMPLEMENTED: u8 = 12;
     pub(super) const INTERNAL: u8 = 13;
     pub(super) const UNAVAILABLE: u8 = 14;
@@ -169,6 +173,7 @@ impl Error {
             },
             Self::Handshake(..) | Self::Refused(..) => (502, grpc::UNAVAILABLE, "UF"),
             Self::NotProcessed(..) => (503, grpc::UNAVAILABLE, "UR"),
+            Self::StreamReset(_, reason) => (502, reset_status(*reason), "UR"),
             Self::Protocol(..) | Self::Coding(..) => (502, grpc::INTERNAL, "UPE"),
             Self::UnknownCoding => (501, grpc::UNIMPLEMENTED, "NR"),
             Self::Reset(..) => (502, grpc::UNAVAILABLE, "UC"),
@@ -186,7 +191,11 @@ impl Error {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Handshake(..) | Self::Refused(..) | Self::NotProcessed(..) | Self::Reset(..) => true,
+            Self::Handshake(..)
+            | Self::Refused(..)
+            | Self::NotProcessed(..)
+            | Self::Reset(..)
+            | Self::StreamReset(..) => true,
             Self::Connect(_, error) => {
                 matches!(
                     error,
@@ -218,6 +227,17 @@ impl Error {
             self,
             Self::Connect(..) | Self::Handshake(..) | Self::Refused(..) | Self::NotProcessed(..)
         )
+    }
+}
+
+/// The status that gRPC gives a stream that was reset (gRPC over HTTP/2, "Errors").
+fn reset_status(reason: h2::Reason) -> u8 {
+    match reason {
+        h2::Reason::CANCEL => grpc::CANCELLED,
+        h2::Reason::ENHANCE_YOUR_CALM => grpc::RESOURCE_EXHAUSTED,
+        h2::Reason::INADEQUATE_SECURITY => grpc::PERMISSION_DENIED,
+        h2::Reason::REFUSED_STREAM => grpc::UNAVAILABLE,
+        _ => grpc::INTERNAL,
     }
 }
 

@@ -6,12 +6,16 @@ mod upgrade;
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::time::Duration;
 
-use http::header::{CONNECTION, HeaderValue};
+use bytes::Bytes;
+use http::header::{CONNECTION, HeaderMap, HeaderValue};
 use http::{Request, Response, StatusCode, Version};
+use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
+use crate::drain::Drain;
 use crate::name::{Authority, Host};
 use crate::proxy::body::{ClientBody, ResponseBody, grpc_status};
 use crate::proxy::connection::{Downstream, Security};
@@ -22,6 +26,10 @@ use crate::proxy::http::upgrade::Upgrade;
 use crate::proxy::reply::{self, Form};
 use crate::proxy::{Context, own};
 use crate::traffic::AccessRecord;
+
+/// How much of an answer that nobody wants is read for its connection's sake, and for how long.
+const UNWANTED: usize = 64 << 10;
+const UNWANTED_TIME: Duration = Duration::from_secs(1);
 
 /// Answers one request; whatever goes wrong becomes a response.
 pub(super) async fn answer(
@@ -69,7 +77,10 @@ pub(super) async fn answer(
             downstream.front.upgrade();
             upgrade.agree(*answered, downstream, record, &context.clients)
         }
-        (Ok(By::Pod(answered)), _) => pass_on(*answered, record),
+        (Ok(By::Pod(answered)), _) => match cors.preflight(answered.answer.response.headers()) {
+            Some(headers) => in_its_place(*answered, headers, record, &context.clients),
+            None => pass_on(*answered, record),
+        },
         (Ok(By::Page(page)), _) => {
             let asked = own::Asked {
                 downstream: &downstream,
@@ -128,6 +139,29 @@ async fn dispatch(
             zone: zone(),
         }),
     }
+}
+
+/// Answers a preflight that the pod has no answer to. What the pod said is read to its end, if that is near, so that its
+/// connection can be used again.
+fn in_its_place(
+    answered: Answered,
+    headers: HeaderMap,
+    mut record: AccessRecord,
+    clients: &Drain,
+) -> Response<ResponseBody> {
+    let said = answered.answer.response.status();
+    record.reason = Some(format!("the pod ({said}) has no answer to the preflight"));
+    let Answered {
+        answer, in_flight, ..
+    } = answered;
+    clients.spawn(async move {
+        let rest = Limited::new(answer.response.into_body(), UNWANTED).collect();
+        if let Ok(Ok(_)) = tokio::time::timeout(UNWANTED_TIME, rest).await {
+            answer.lease.give_back();
+        }
+        drop(in_flight);
+    });
+    reply::respond(StatusCode::NO_CONTENT, headers, Bytes::new(), record)
 }
 
 /// Passes a pod's response on to the client.

@@ -19,6 +19,9 @@ use crate::proxy::error::Error;
 use crate::proxy::reply::respond;
 use crate::traffic::AccessRecord;
 
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
+const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
+
 /// The protocols that the one port takes.
 const FEATURES: [&str; 4] = ["http/1.1", "h2c", "h2", "grpc"];
 
@@ -27,6 +30,10 @@ const FEATURES: [&str; 4] = ["http/1.1", "h2c", "h2", "grpc"];
 pub(super) enum Page {
     /// `/health`: the proxy is alive, and this is how you reached it.
     Health,
+    /// `/livez`: the proxy is alive.
+    Live,
+    /// `/readyz`: it takes requests, and goes on doing so.
+    Ready,
     /// `/services`: what of the cluster is in use.
     Services,
 }
@@ -65,6 +72,8 @@ pub(super) fn admit(literal: Option<IpAddr>, local: IpAddr, cors: &Cors) -> Resu
 pub(super) fn find(method: &Method, path: &str, zone: impl Fn() -> String) -> Result<Page, Error> {
     let page = match path {
         "/health" => Page::Health,
+        "/livez" => Page::Live,
+        "/readyz" => Page::Ready,
         "/services" => Page::Services,
         _ => return Err(Error::NoSuchPage(path.to_owned(), zone())),
     };
@@ -81,15 +90,18 @@ pub(super) fn show(
     asked: &Asked<'_>,
     record: AccessRecord,
 ) -> Response<ResponseBody> {
-    let body = match page {
-        Page::Health => health(asked),
-        Page::Services => services::list(context),
+    let draining = context.clients.is_started();
+    let (status, kind, body) = match page {
+        Page::Health => (StatusCode::OK, JSON, health(asked).to_string()),
+        Page::Services => (StatusCode::OK, JSON, services::list(context).to_string()),
+        Page::Ready if draining => (StatusCode::SERVICE_UNAVAILABLE, TEXT, "shutting down".to_owned()),
+        Page::Live | Page::Ready => (StatusCode::OK, TEXT, "ok".to_owned()),
     };
     let mut headers = HeaderMap::new();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(CONTENT_TYPE, kind);
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    respond(StatusCode::OK, headers, Bytes::from(format!("{body}\n")), record)
+    respond(status, headers, Bytes::from(format!("{body}\n")), record)
 }
 
 fn health(asked: &Asked<'_>) -> Value {

@@ -63,6 +63,8 @@ pub(crate) struct Attempt<'a> {
     pub(crate) undecided: bool,
     /// Whether the version was a guess, without a word of the Service's about it.
     pub(crate) guessed: bool,
+    /// Whether the answer proves that the pod did not understand the request.
+    pub(crate) misunderstood: bool,
 }
 
 /// What to do about it.
@@ -117,6 +119,7 @@ impl Attempts {
             replayable,
             undecided,
             guessed,
+            misunderstood,
         } = attempt;
         if reused && replayable && untouched && self.stale < STALE_CONNECTIONS {
             // An idle connection had died. That says nothing about the endpoint, and the request never left.
@@ -125,7 +128,10 @@ impl Attempts {
         }
         let permitted = self.policy.permits(method, error, untouched, replayable);
         if undecided && replayable && !reused && !self.switched {
-            if matches!(error, Error::Protocol(..)) {
+            // An answer in the right version that cannot be taken, such as one with too many fields, does not mean that the
+            // application did not act on the request.
+            let harmless = misunderstood || untouched || method.is_idempotent();
+            if matches!(error, Error::Protocol(..)) && harmless {
                 self.switched = true;
                 return Verdict::Switch;
             }
@@ -228,6 +234,7 @@ mod tests {
             replayable: true,
             undecided: false,
             guessed: false,
+            misunderstood: false,
         }
     }
 
@@ -278,6 +285,7 @@ mod tests {
         });
         let undecided = Attempt {
             undecided: true,
+            misunderstood: true,
             method: &Method::POST,
             ..sent(&protocol)
         };
@@ -288,6 +296,19 @@ mod tests {
             Verdict::GiveUp,
             "the version is known"
         );
+    }
+
+    #[test]
+    fn an_unsafe_request_that_may_have_been_understood_is_not_sent_in_the_other_version() {
+        let protocol = Error::Protocol(target(), "HTTP/1.1", "too many fields".into());
+        for (method, verdict) in [(&Method::GET, Verdict::Switch), (&Method::POST, Verdict::GiveUp)] {
+            let attempt = Attempt {
+                undecided: true,
+                method,
+                ..sent(&protocol)
+            };
+            assert_eq!(Attempts::new(POLICY).judge(&attempt), verdict, "{method}");
+        }
     }
 
     proptest! {

@@ -125,6 +125,8 @@ pub(crate) struct Failure {
     /// Whether it went to a connection that had been used before: that one may have died meanwhile, which says nothing about
     /// the endpoint.
     pub(crate) reused: bool,
+    /// Whether what came back proves that the pod did not understand the request: it is in the other version of HTTP, or in none.
+    pub(crate) misunderstood: bool,
     /// How long the request waited for a connection.
     pub(crate) waited: Duration,
 }
@@ -321,6 +323,7 @@ impl Upstream {
             error,
             untouched: true,
             reused: false,
+            misunderstood: false,
             waited: begun.elapsed(),
         };
         match self.pool(peer) {
@@ -437,13 +440,25 @@ fn failure(
     waited: Duration,
 ) -> Failure {
     let untouched = error.take_message().is_some();
-    let error = classify(peer.target.clone(), peer.wire, &error.into_error(), cause, reused);
+    let error = error.into_error();
+    let http1 = matches!(peer.wire, Wire::Http1 | Wire::Http1Tls);
+    let misunderstood = cause.is_http1().is_some_and(|answered| answered != http1) || wants_http1(&error);
+    let error = classify(peer.target.clone(), peer.wire, &error, cause, reused);
     Failure {
         error,
         untouched,
         reused,
+        misunderstood,
         waited,
     }
+}
+
+/// Whether a server of HTTP/2 wants the request in HTTP/1.1 instead (RFC 9113 section 7).
+fn wants_http1(error: &hyper::Error) -> bool {
+    let http2 = error
+        .source()
+        .and_then(|source| source.downcast_ref::<h2::Error>());
+    http2.is_some_and(|http2| http2.reason() == Some(h2::Reason::HTTP_1_1_REQUIRED))
 }
 
 fn classify(target: Target, wire: Wire, error: &hyper::Error, cause: &Cause, reused: bool) -> Error {
@@ -465,6 +480,9 @@ fn classify(target: Target, wire: Wire, error: &hyper::Error, cause: &Cause, reu
             }
             Some(_) if http2.is_library() => {
                 return Error::Protocol(target, wire.as_str(), http2.to_string());
+            }
+            Some(reason) if http2.is_reset() && http2.is_remote() => {
+                return Error::StreamReset(target, reason);
             }
             _ => {}
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
-use http::{Request, StatusCode};
+use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt, Full, StreamBody};
 use kube_tunnel::testing::backend::{Protocols, Serve};
 use kube_tunnel::testing::{FakeCluster, ForwardFault, Workload};
@@ -14,6 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::app::{TestApp, web};
 use crate::client::{Client, Reply, fetch, get};
+use crate::log;
 
 const WEB: &str = "web.shop.svc.cluster.local";
 
@@ -112,6 +113,52 @@ async fn an_answer_that_is_no_http_is_a_502_after_both_versions() {
 }
 
 #[tokio::test]
+async fn an_answer_that_cannot_be_taken_is_no_reason_to_send_an_unsafe_request_again() {
+    let fields: String = (0..300).map(|n| format!("x-{n}: 1\r\n")).collect();
+    let answer = format!("HTTP/1.1 200 OK\r\n{fields}\r\n").leak();
+    for (method, times) in [(Method::POST, 1), (Method::GET, 2)] {
+        let cluster = FakeCluster::start().await.unwrap();
+        let (address, seen) = scripted(answer.as_bytes()).await;
+        let _workload = behind(&cluster, address);
+        let app = TestApp::start(&cluster).await;
+        let mut client = Client::http1(app.address).await;
+        let request = Request::builder().method(&method).uri("/").header("host", WEB);
+        let request = request.body(Full::from("body")).unwrap();
+        let reply = Reply::read(client.send(request).await).await;
+        assert_eq!(reply.status, StatusCode::BAD_GATEWAY, "{}", reply.text());
+        assert_eq!(seen.load(Ordering::SeqCst), times, "{method}");
+    }
+}
+
+#[tokio::test]
+async fn a_preflight_in_the_pods_place_leaves_its_connection_and_is_in_the_log() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = cluster.workload("shop", "web").port("http", 80, 8080);
+    let workload = workload.serve(Serve::Http(Protocols::Http1)).create().unwrap();
+    let (running, log, address) = log::start(&cluster, &[]).await;
+    let mut client = Client::http1(address).await;
+    for _ in 0..3 {
+        let request = Request::options("/")
+            .header("host", WEB)
+            .header("origin", "http://localhost:3000")
+            .header("access-control-request-method", "PUT");
+        let reply = Reply::read(client.send(request.body(Full::default()).unwrap()).await).await;
+        assert_eq!(reply.status, StatusCode::NO_CONTENT, "{}", reply.text());
+        assert_eq!(
+            reply.headers["access-control-allow-origin"],
+            "http://localhost:3000"
+        );
+        assert_eq!(reply.headers["access-control-allow-methods"], "PUT");
+    }
+    let log = log.until("preflight").await;
+    let line = log.seen.last().unwrap();
+    assert!(line.contains("status=204") && !line.contains("DC"), "{line}");
+    assert_eq!(workload.pods[0].backends[0].http().unwrap().connections(), 1);
+    running.signal("-TERM");
+    running.wait().await;
+}
+
+#[tokio::test]
 async fn a_port_that_says_nothing_of_itself_is_asked_once_and_remembered() {
     let cluster = FakeCluster::start().await.unwrap();
     let h2c = Serve::Http(Protocols::Http2);
@@ -165,31 +212,41 @@ async fn a_get_that_breaks_every_time_is_sent_as_often_as_the_setting_says() {
 
 #[tokio::test]
 async fn an_h2c_stream_that_is_reset_every_time_is_tried_as_often_as_the_setting_says() {
-    let cluster = FakeCluster::start().await.unwrap();
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let seen = Arc::new(AtomicUsize::new(0));
-    let count = seen.clone();
-    tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
-            let count = count.clone();
-            tokio::spawn(async move {
-                let mut connection = h2::server::handshake(stream).await.unwrap();
-                while let Some(Ok((_request, mut respond))) = connection.accept().await {
-                    count.fetch_add(1, Ordering::SeqCst);
-                    respond.send_reset(h2::Reason::INTERNAL_ERROR);
-                }
-            });
-        }
-    });
-    let builder = cluster
-        .workload("shop", "web")
-        .port("grpc", 80, 8080)
-        .app_protocol("kubernetes.io/h2c");
-    let _workload = builder.backend(move |_| address).create().unwrap();
-    let app = TestApp::start(&cluster).await;
-    assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::BAD_GATEWAY);
-    assert_eq!(seen.load(Ordering::SeqCst), 1 + 3);
+    for (reason, code) in [(h2::Reason::INTERNAL_ERROR, "13"), (h2::Reason::CANCEL, "1")] {
+        let cluster = FakeCluster::start().await.unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let seen = Arc::new(AtomicUsize::new(0));
+        let count = seen.clone();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let count = count.clone();
+                tokio::spawn(async move {
+                    let mut connection = h2::server::handshake(stream).await.unwrap();
+                    while let Some(Ok((_request, mut respond))) = connection.accept().await {
+                        count.fetch_add(1, Ordering::SeqCst);
+                        respond.send_reset(reason);
+                    }
+                });
+            }
+        });
+        let builder = cluster
+            .workload("shop", "web")
+            .port("grpc", 80, 8080)
+            .app_protocol("kubernetes.io/h2c");
+        let _workload = builder.backend(move |_| address).create().unwrap();
+        let app = TestApp::start(&cluster).await;
+        assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::BAD_GATEWAY);
+        assert_eq!(seen.load(Ordering::SeqCst), 1 + 3);
+        // A call is a POST, and is told what became of it.
+        let call = Request::post("/service/method")
+            .header("host", WEB)
+            .header("content-type", "application/grpc");
+        let mut client = Client::h2c(app.address).await;
+        let reply = Reply::read(client.send(call.body(Full::from("call")).unwrap()).await).await;
+        assert_eq!(reply.headers["grpc-status"], code, "{:?}", reply.headers);
+        assert_eq!(seen.load(Ordering::SeqCst), 1 + 3 + 1);
+    }
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Request, StatusCode};
 use kube_tunnel::testing::FakeCluster;
+use kube_tunnel::testing::backend::{Protocols, Serve};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -265,14 +266,17 @@ async fn a_stream_that_is_silent_for_a_day_goes_on() {
     cluster.faults().set_idle_timeout(Duration::from_hours(48));
     let _workload = web(&cluster, 1);
     let app = TestApp::start(&cluster).await;
+    let h2c = cluster.workload("shop", "h2c").port("http", 80, 8080);
+    let h2c = h2c.app_protocol("kubernetes.io/h2c");
+    let _h2c = h2c.serve(Serve::Http(Protocols::Http2)).create().unwrap();
     let mut streams = Vec::new();
-    for mut client in [Client::http1(app.address).await, Client::h2c(app.address).await] {
-        // The second event is due in the middle of the day.
-        let mut response = client
-            .send(get("web.shop", "/sse?count=2&interval_ms=43200000"))
-            .await;
-        response.body_mut().frame().await.unwrap().unwrap();
-        streams.push((client, response));
+    for host in ["web.shop", "h2c.shop"] {
+        for mut client in [Client::http1(app.address).await, Client::h2c(app.address).await] {
+            // The second event is due in the middle of the day.
+            let mut response = client.send(get(host, "/sse?count=2&interval_ms=43200000")).await;
+            response.body_mut().frame().await.unwrap().unwrap();
+            streams.push((client, response));
+        }
     }
     let socket = TcpStream::connect(app.address).await.unwrap();
     let (mut socket, _) = tokio_tungstenite::client_async("ws://web.shop/ws", socket)

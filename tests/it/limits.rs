@@ -237,36 +237,68 @@ async fn without_files_left_the_program_waits_says_so_once_and_goes_on() {
     running.wait().await;
 }
 
+/// The head of a HTTP/2 frame without its length's first two bytes, which are zero.
+fn head(length: u8, kind: u8, flags: u8, stream: u32) -> Vec<u8> {
+    let mut head = vec![0, 0, length, kind, flags];
+    head.extend(stream.to_be_bytes());
+    head
+}
+
+/// `GET / http` of the static table, and the authority as a literal (RFC 7541 sections 6.1 and 6.2.1).
+const GET: &[u8; 13] = b"\x82\x84\x86\x41\x08web.shop";
+
 #[tokio::test]
-async fn a_client_that_resets_its_streams_as_fast_as_it_can_is_sent_away() {
+async fn a_client_that_floods_its_connection_is_sent_away_or_made_to_wait() {
+    const FRAMES: u32 = 20_000;
     const GOAWAY: u8 = 7;
     const ENHANCE_YOUR_CALM: [u8; 4] = [0, 0, 0, 0xb];
+    let get = |stream, flags| [head(13, 1, flags, stream), GET.to_vec()].concat();
+    let resets = (0..FRAMES).flat_map(|n| {
+        let stream = 2 * n + 1;
+        [get(stream, 0x5), head(4, 3, 0, stream), vec![0, 0, 0, 8]].concat()
+    });
+    let continuations = get(1, 0x1)
+        .into_iter()
+        .chain((0..FRAMES).flat_map(|_| head(0, 9, 0, 1)));
+    let empty = get(1, 0x4)
+        .into_iter()
+        .chain((0..FRAMES).flat_map(|_| head(0, 0, 0, 1)));
+    let settings = (0..FRAMES).flat_map(|_| head(0, 4, 0, 0));
+    let pings = (0..FRAMES).flat_map(|_| [head(8, 6, 0, 0), vec![0; 8]].concat());
+    let floods: [(&str, Vec<u8>, bool); 5] = [
+        ("RST_STREAM", resets.collect(), true),
+        ("CONTINUATION", continuations.collect(), true),
+        ("DATA", empty.collect(), true),
+        ("SETTINGS", settings.collect(), false),
+        ("PING", pings.collect(), false),
+    ];
     let cluster = FakeCluster::start().await.unwrap();
     let workload = web(&cluster, 1);
     let app = TestApp::start(&cluster).await;
-    let mut client = TcpStream::connect(app.address).await.unwrap();
-    let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".to_vec();
-    // `GET / http` of the static table, and the authority as a literal (RFC 7541 sections 6.1 and 6.2.1).
-    let head = b"\x82\x84\x86\x41\x08web.shop";
-    for stream in (1..20_000u32).step_by(2) {
-        bytes.extend([0, 0, u8::try_from(head.len()).unwrap(), 1, 0x5]);
-        bytes.extend(stream.to_be_bytes());
-        bytes.extend(head);
-        bytes.extend(b"\0\0\x04\x03\0");
-        bytes.extend(stream.to_be_bytes());
-        bytes.extend(b"\0\0\0\x08");
-    }
-    let _ = client.write_all(&bytes).await; // it may be cut off on the way
-    let told = async {
-        loop {
-            let (kind, _, _, payload) = frame(&mut client).await;
-            if kind == GOAWAY {
-                return payload[4..8] == ENHANCE_YOUR_CALM;
-            }
+    for (what, flood, sent_away) in floods {
+        let mut client = TcpStream::connect(app.address).await.unwrap();
+        let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+        client.write_all(preface).await.unwrap();
+        // It may be cut off on the way, or be made to wait, as it reads nothing.
+        let sending = client.write_all(&flood);
+        let _ = tokio::time::timeout(Duration::from_secs(1), sending).await;
+        assert_eq!(
+            fetch(app.address, "web.shop", "/").await.status,
+            StatusCode::OK,
+            "{what}"
+        );
+        if sent_away {
+            let told = async {
+                loop {
+                    let (kind, _, _, payload) = frame(&mut client).await;
+                    if kind == GOAWAY {
+                        return payload[4..8] == ENHANCE_YOUR_CALM;
+                    }
+                }
+            };
+            assert!(tokio::time::timeout(PATIENCE, told).await.unwrap(), "{what}");
         }
-    };
-    assert!(tokio::time::timeout(PATIENCE, told).await.unwrap());
-    assert_eq!(fetch(app.address, "web.shop", "/").await.status, StatusCode::OK);
+    }
     let reached = workload.pods[0].backends[0].http().unwrap().requests().len();
     assert!(reached < 2000, "{reached} of the requests reached the pod");
 }

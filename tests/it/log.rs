@@ -8,6 +8,7 @@ use kube_tunnel::testing::FakeCluster;
 use serde_json::Value;
 
 use crate::app::{PATIENCE, web};
+use crate::backends::raw;
 use crate::client::{Client, Reply, fetch, get};
 use crate::program::{Lines, Running, address, kubeconfig, path, program};
 
@@ -99,6 +100,58 @@ async fn text_lines_have_their_fields_in_a_fixed_order_and_no_colour_in_a_pipe()
         !line.contains("secret"),
         "the query does not belong into the log: {line}"
     );
+}
+
+#[tokio::test]
+async fn trace_shows_the_frames_on_both_sides() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let _workload = web(&cluster, 1);
+    let (running, log, address) = start(&cluster, &["--log-level=trace"]).await;
+    let mut client = Client::h2c(address).await;
+    assert_eq!(client.get("web.shop", "/?secret=1").await.status, StatusCode::OK);
+    let log = log.until("access").await;
+    for frame in [
+        "SYN_STREAM to be sent",
+        "SYN_REPLY stream=",
+        "DATA stream=",
+        "Headers {",
+    ] {
+        assert!(
+            log.seen.iter().any(|line| line.contains(frame)),
+            "{frame}: {:#?}",
+            log.seen
+        );
+    }
+    assert!(
+        !log.seen.iter().any(|line| line.contains("secret")),
+        "{:#?}",
+        log.seen
+    );
+    running.signal("-TERM");
+    running.wait().await;
+}
+
+#[tokio::test]
+async fn a_request_that_cannot_be_read_is_in_the_log_too() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let (running, log, address) = start(&cluster, &["--max-header-fields=32"]).await;
+    let fields: String = (0..40).map(|n| format!("X-{n}: 1\r\n")).collect();
+    for (request, status) in [
+        (format!("GET / HTTP/1.1\r\nHost: web.shop\r\n{fields}\r\n"), "431"),
+        ("GET / HTTP/1.1\r\nHost : web.shop\r\n\r\n".to_owned(), "400"),
+    ] {
+        let answer = raw(address, &request).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+    }
+    let log = log.until("cannot be read").await.until("cannot be read").await;
+    let said: Vec<_> = log
+        .seen
+        .iter()
+        .filter(|line| line.contains("cannot be read"))
+        .collect();
+    assert!(said[0].contains("--max-header-fields"), "{said:?}");
+    running.signal("-TERM");
+    running.wait().await;
 }
 
 #[tokio::test]

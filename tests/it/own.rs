@@ -149,6 +149,20 @@ async fn own_pages_are_read_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn probes_are_answered() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let app = TestApp::start(&cluster).await;
+    for page in ["/livez", "/readyz"] {
+        let reply = fetch(app.address, "localhost", page).await;
+        assert_eq!(
+            (reply.status, reply.text().as_str()),
+            (StatusCode::OK, "ok\n"),
+            "{page}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn a_name_that_was_made_to_point_here_gets_no_own_page() {
     let cluster = FakeCluster::start().await.unwrap();
     let app = TestApp::start(&cluster).await;

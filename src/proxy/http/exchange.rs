@@ -128,6 +128,7 @@ pub(super) async fn exchange(
             error,
             untouched,
             reused,
+            misunderstood,
             waited,
         } = match context.upstream.send(&peer, fresh, request).await {
             Ok(answer) => {
@@ -162,6 +163,7 @@ pub(super) async fn exchange(
             replayable,
             undecided,
             guessed,
+            misunderstood,
         };
         let verdict = attempts.judge(&attempt);
         debug!(

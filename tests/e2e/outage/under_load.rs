@@ -104,6 +104,8 @@ async fn outage(name: &'static str, healthy: impl AsyncFnMut() -> bool) {
         failed.as_millis()
     );
     rolling.report(&proxy, &scenario, &tally).await;
+    let idempotent: Vec<_> = tally.idempotent().collect();
+    assert!(idempotent.is_empty(), "{idempotent:#?}");
     assert!(failed < HEALED, "requests failed for {failed:?}");
     let gap = tally.longest_gap();
     assert!(gap < HEALED, "no answer for {gap:?}");

@@ -4,7 +4,10 @@
 //! Headers are written without a compressor: the peer inflates them, and a deflate stream may consist of stored blocks alone.
 //! They are never read: the peer's replies carry none, and nothing else of its headers is of use here.
 
+use std::fmt;
 use std::io::{IoSlice, Write as _};
+
+use tracing::trace;
 
 /// Largest payload that a frame's 24-bit length can tell.
 pub(super) const MAX_PAYLOAD: usize = (1 << 24) - 1;
@@ -64,6 +67,21 @@ pub(super) enum Event<'a> {
     },
     /// The peer will take no more streams.
     GoAway,
+}
+
+/// Tells the frame, without the payload.
+impl fmt::Display for Event<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Reply { stream } => write!(f, "SYN_REPLY stream={stream}"),
+            Self::Data { stream, payload, fin } => {
+                write!(f, "DATA stream={stream} bytes={} fin={fin}", payload.len())
+            }
+            Self::Reset { stream, status } => write!(f, "RST_STREAM stream={stream} status={status}"),
+            Self::Ping { id } => write!(f, "PING id={id}"),
+            Self::GoAway => f.write_str("GOAWAY"),
+        }
+    }
 }
 
 /// Why the peer's bytes cannot be understood; nothing that follows them can.
@@ -265,6 +283,7 @@ impl Encoder {
     }
 
     fn syn_stream(&mut self, out: &mut Vec<u8>, stream: u32, flags: u8, purpose: Option<(&str, u16, u32)>) {
+        trace!(stream, ?purpose, "SYN_STREAM to be sent");
         let start = out.len();
         control(out, SYN_STREAM, flags);
         out.extend_from_slice(&stream.to_be_bytes());
@@ -342,12 +361,14 @@ pub(super) fn extend(out: &mut Vec<u8>, start: usize, parts: &[IoSlice<'_>], len
 
 /// Writes an empty DATA frame that ends our half of a stream.
 pub(super) fn fin(out: &mut Vec<u8>, stream: u32) {
+    trace!(stream, "DATA with FIN to be sent");
     out.extend_from_slice(&stream.to_be_bytes());
     out.extend_from_slice(&[FLAG_FIN, 0, 0, 0]);
 }
 
 /// Writes a `RST_STREAM`.
 pub(super) fn reset(out: &mut Vec<u8>, stream: u32, status: u32) {
+    trace!(stream, status, "RST_STREAM to be sent");
     let start = out.len();
     control(out, RST_STREAM, 0);
     out.extend_from_slice(&stream.to_be_bytes());
@@ -357,6 +378,7 @@ pub(super) fn reset(out: &mut Vec<u8>, stream: u32, status: u32) {
 
 /// Writes a PING.
 pub(super) fn ping(out: &mut Vec<u8>, id: u32) {
+    trace!(id, "PING to be sent");
     let start = out.len();
     control(out, PING, 0);
     out.extend_from_slice(&id.to_be_bytes());
@@ -365,6 +387,7 @@ pub(super) fn ping(out: &mut Vec<u8>, id: u32) {
 
 /// Writes a GOAWAY. The peer reads nothing after it and ends every stream.
 pub(super) fn go_away(out: &mut Vec<u8>) {
+    trace!("GOAWAY to be sent");
     let start = out.len();
     control(out, GOAWAY, 0);
     out.extend_from_slice(&[0; 8]);

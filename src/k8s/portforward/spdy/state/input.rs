@@ -3,6 +3,7 @@
 use std::mem;
 
 use tokio::time::Instant;
+use tracing::trace;
 
 use crate::k8s::portforward::cause;
 use crate::k8s::portforward::ports::{Behaviour, Size};
@@ -26,6 +27,7 @@ impl State {
         self.probed_at = None;
         let mut freed = false;
         while let Some(event) = self.decoder.next(&mut bytes)? {
+            trace!(frame = %event, "received");
             self.proven = true;
             // Payload from the pod makes no room for payload to it.
             freed |= !matches!(event, Event::Data { .. });

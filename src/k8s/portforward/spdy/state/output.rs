@@ -6,6 +6,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::time::Instant;
+use tracing::trace;
 
 use crate::k8s::portforward::ports::Behaviour;
 use crate::k8s::portforward::spdy::entry::{Half, Ours, Outcome, Place};
@@ -93,6 +94,7 @@ impl State {
             return self.wait(key, true, cx);
         }
         let sent = length.min(room);
+        trace!(stream = place.id, bytes = sent, "DATA to be sent");
         let start = begun.map_or(end, |(_, start, _)| start);
         if begun.is_some() {
             frame::extend(&mut self.out, start, parts, sent);
