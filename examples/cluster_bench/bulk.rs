@@ -54,7 +54,7 @@ pub(crate) async fn run(running: &Running, way: Way, streams: usize, time: Durat
         Ok(Moved {
             rate: bytes / seconds,
             amount: bytes / f64::from(1 << 30),
-            profile: running.profile()?.since(before),
+            profile: running.profile()?.since(before)?,
         })
     };
     tokio::select! {

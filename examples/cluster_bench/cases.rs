@@ -118,6 +118,11 @@ pub(crate) const CASES: &[Case] = &[
         "ping-pong beside 20 stalled readers",
         Kind::PingPong(Beside::StalledReaders(20)),
     ),
+    case(
+        "ping-20-elsewhere",
+        "ping-pong beside 20 stalled readers of another process",
+        Kind::PingPong(Beside::StalledElsewhere(20)),
+    ),
     case("memory", "memory", Kind::Memory),
     case(
         "recovery-restart",
@@ -169,7 +174,7 @@ pub(crate) async fn run(case: &Case, contestant: &Contestant, settings: &Setting
         .start(&settings.namespace, ports, kubeconfig.as_deref())
         .await?;
     let other = match case.kind {
-        Kind::PingPong(Beside::Elsewhere(_)) => {
+        Kind::PingPong(Beside::Elsewhere(_) | Beside::StalledElsewhere(_)) => {
             Some(contestant.start(&settings.namespace, ports, None).await?)
         }
         _ => None,
@@ -224,7 +229,7 @@ async fn exchanges(
     let lines = lines(running.address(0), ask, count).await?;
     let before = running.profile()?;
     let load = repeat(lines, time).await;
-    let profile = running.profile()?.since(before);
+    let profile = running.profile()?.since(before)?;
     ensure!(
         load.failed * 100 <= load.answered,
         "{} of {} exchanges failed",

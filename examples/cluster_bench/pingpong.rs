@@ -32,6 +32,8 @@ pub(crate) enum Beside {
     Elsewhere(Way),
     /// Clients that read nothing of what the pod sends without end.
     StalledReaders(usize),
+    /// The same through another process of the contestant.
+    StalledElsewhere(usize),
     /// One such client that connects at once after the pinging one: nothing is known of either yet.
     StalledTwin,
     /// A program in the pod that reads nothing of what its client sends without end.
@@ -55,14 +57,13 @@ pub(crate) async fn run(running: &Running, other: &Running, beside: Beside, time
             let work = move || async move { drop(bulk::stream(to, &host, way, &Cell::new(0)).await) };
             Some(Aside::start(work)?)
         }
-        Beside::StalledReaders(_) | Beside::StalledTwin => Some(Aside::start({
+        Beside::StalledReaders(count) | Beside::StalledElsewhere(count) => Some(Aside::start({
             let to = address(9004);
-            let count = if let Beside::StalledReaders(count) = beside {
-                count
-            } else {
-                1
-            };
             move || stall_readers(to, count)
+        })?),
+        Beside::StalledTwin => Some(Aside::start({
+            let to = address(9004);
+            move || stall_readers(to, 1)
         })?),
         Beside::StalledApp => Some(Aside::start({
             let to = address(9002);

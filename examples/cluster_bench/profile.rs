@@ -4,8 +4,10 @@
 use std::fmt;
 use std::fs;
 use std::path::Path;
+use std::thread::available_parallelism;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
+use tokio::time::Instant;
 
 /// The kernel's unit of processor time in `/proc`, per second (time(7), `USER_HZ`).
 const TICKS: f64 = 100.0;
@@ -19,7 +21,7 @@ pub(crate) enum Party {
     Runtime,
     Pod,
     Client,
-    /// Everybody else, the kernel's own work included.
+    /// Every other process.
     Others,
     Idle,
 }
@@ -50,61 +52,47 @@ impl fmt::Display for Party {
     }
 }
 
-/// Processor seconds by party, from the machine's start or from one moment to another.
+/// Processor seconds by party, since the start of each process or from one moment to another.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Profile([f64; PARTIES.len()]);
+pub(crate) struct Profile {
+    seconds: [f64; PARTIES.len()],
+    at: Instant,
+}
 
 impl Profile {
     /// Reads what everybody has taken so far (proc(5), `stat`).
     pub(crate) fn now(contestant: u32) -> Result<Self> {
-        let mut profile = Self([0.0; PARTIES.len()]);
+        let mut profile = Self {
+            seconds: [0.0; PARTIES.len()],
+            at: Instant::now(),
+        };
         for entry in fs::read_dir("/proc")? {
             let path = entry?.path();
             let number = path.file_name().and_then(|name| name.to_str()?.parse().ok());
-            // One that has ended meanwhile counts with the others.
             if let Some(number) = number
                 && let Some((name, seconds)) = process(&path)
             {
-                profile.0[party(number, &name, contestant) as usize] += seconds;
+                profile.seconds[party(number, &name, contestant) as usize] += seconds;
             }
         }
-        let text = fs::read_to_string("/proc/stat")?;
-        let all = text.lines().next().context("an empty stat")?;
-        let mut all = all.split_whitespace().skip(1).map(|field| field.parse::<f64>());
-        let mut next = || {
-            all.next()
-                .context("a short stat")?
-                .context("a stat without numbers")
-        };
-        let (user, nice, system, idle, wait, hard, soft) =
-            (next()?, next()?, next()?, next()?, next()?, next()?, next()?);
-        profile.0[Party::Idle as usize] = (idle + wait) / TICKS;
-        // What interrupts take is counted to nobody.
-        let others = (user + nice + system + hard + soft) / TICKS - profile.busy_but_others();
-        profile.0[Party::Others as usize] = others;
         Ok(profile)
     }
 
     /// Returns what was taken since another moment.
-    pub(crate) fn since(self, before: Self) -> Self {
+    pub(crate) fn since(self, before: Self) -> Result<Self> {
         let mut taken = self;
-        taken
-            .0
-            .iter_mut()
-            .zip(before.0)
-            .for_each(|(now, before)| *now -= before);
-        taken
+        for (now, before) in taken.seconds.iter_mut().zip(before.seconds) {
+            // A process may have ended.
+            *now = (*now - before).max(0.0);
+        }
+        let there_was = (self.at - before.at).as_secs_f64() * available_parallelism()?.get() as f64;
+        taken.seconds[Party::Idle as usize] = (there_was - taken.seconds.iter().sum::<f64>()).max(0.0);
+        Ok(taken)
     }
 
     /// Returns what one of them took, in seconds.
     pub(crate) fn of(&self, party: Party) -> f64 {
-        self.0[party as usize]
-    }
-
-    fn busy_but_others(&self) -> f64 {
-        let others = [Party::Others, Party::Idle];
-        let known = PARTIES.into_iter().filter(|party| !others.contains(party));
-        known.map(|party| self.of(party)).sum()
+        self.seconds[party as usize]
     }
 }
 
