@@ -27,6 +27,25 @@ async fn the_rights_of_a_developer_reach_their_own_namespace_only() {
 }
 
 #[tokio::test]
+async fn whoever_may_list_services_and_pods_and_open_port_forwards_needs_no_more() {
+    let scene = Scene::alone().await;
+    let own = scene.restricted;
+    let kubeconfig = own.kubeconfig_for("seed").await;
+    let proxy = Proxy::start_as(kubeconfig.path()).await;
+    let host = own.host("web");
+    let pod = fetch(proxy.address, &host, "/health").await.pod();
+    // Nobody tells it of the change: it may not watch.
+    own.kubectl(&["delete", "pod", &pod, "--grace-period=0", "--force"])
+        .await
+        .succeeded();
+    for _ in 0..20 {
+        let reply = fetch(proxy.address, &host, "/health").await;
+        assert_eq!(reply.status, 200, "{}", reply.text());
+        assert_ne!(reply.pod(), pod);
+    }
+}
+
+#[tokio::test]
 async fn a_user_without_rights_learns_which_one_is_missing() {
     let scene = Scene::together().await;
     let kubeconfig = scene.restricted.kubeconfig_for("nobody").await;

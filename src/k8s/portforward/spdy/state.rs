@@ -61,7 +61,7 @@ pub(in crate::k8s::portforward) struct Load {
     pub(in crate::k8s::portforward) apart: bool,
     /// Since when it has had connections without a break.
     pub(in crate::k8s::portforward) busy_since: Option<Instant>,
-    /// When payload last moved or a connection was let go of, or the session began.
+    /// When payload last moved or a connection was opened, or the session began.
     pub(in crate::k8s::portforward) active_at: Instant,
 }
 
@@ -453,7 +453,6 @@ impl State {
         self.backlog -= entry.received.len();
         entry.received.clear(&mut self.spare);
         self.apart -= usize::from(entry.apart);
-        self.active_at = now;
         if entry.heard && !entry.large {
             self.ports.note_size(entry.port, Size::Small);
         }

@@ -35,12 +35,16 @@ const TICK: Duration = Duration::from_millis(100);
 const QUIET: Duration = Duration::from_secs(5);
 const ACTIVE: Duration = Duration::from_secs(2);
 
+/// How long after payload has moved, either way, something counts as under way.
+const LIVELY: Duration = Duration::from_secs(6);
+
 /// How long the answer may take: together at most 15 s, and 6 s while something is under way.
 const ANSWER: Duration = Duration::from_secs(10);
 const ACTIVE_ANSWER: Duration = Duration::from_secs(4);
 
 /// A tick that comes later than this was held up by more than a busy machine: the machine slept.
 const JUMP: Duration = Duration::from_secs(2);
+
 /// Why a session ends that no sign of life has come from.
 pub(in crate::k8s::portforward) const SILENT: &str = "the server does not answer any more";
 
@@ -55,6 +59,7 @@ impl State {
                 .get_or_insert(now + if self.guards { GUARD } else { TICK }),
             (Some(probed), asked) => probed + if asked.is_some() { ACTIVE_ANSWER } else { ANSWER },
             (None, Some(asked)) => asked + ACTIVE,
+            (None, None) if self.is_lively(now) => self.heard_at + ACTIVE,
             (None, None) => self.heard_at + QUIET,
         };
         self.due
@@ -245,6 +250,11 @@ impl State {
         }
     }
 
+    /// Whether a connection was busy a moment ago.
+    fn is_lively(&self, now: Instant) -> bool {
+        self.live() > 0 && now.duration_since(self.active_at) < LIVELY
+    }
+
     /// Asks for a sign of life after a silence, and ends the session when none comes. Any byte is one.
     fn check_alive(&mut self, now: Instant) {
         if self.is_paused() || self.ended.is_some() {
@@ -260,6 +270,10 @@ impl State {
             Some(_) => {}
             None => {
                 let silent = now.duration_since(self.heard_at);
+                if silent >= ACTIVE && self.is_lively(now) {
+                    // A transfer that stops in its middle, or an answer that does not come.
+                    self.asked_at.get_or_insert(self.heard_at);
+                }
                 let active = self.asked_at.is_some_and(|at| now.duration_since(at) >= ACTIVE);
                 if silent >= QUIET || active {
                     self.probe(now);

@@ -247,12 +247,18 @@ fn what_all_workers_have_lost_at_the_same_time_is_given_up() {
 }
 
 #[test]
-fn a_session_is_in_use_until_its_last_connection_is_let_go_of() {
+fn a_session_is_unused_from_the_last_payload_on() {
     let mut scene = Scene::new();
     let key = scene.open(80);
+    scene.read(key);
+    scene.written();
+    scene.now += Duration::from_secs(60);
+    scene.data(key, 1);
+    let used_at = scene.now;
+    // Whoever kept the connection for another request has waited for as long already.
     scene.now += Duration::from_secs(60);
     scene.state.detach(key, scene.now);
-    assert_eq!(scene.state.load(scene.now).active_at, scene.now);
+    assert_eq!(scene.state.load(scene.now).active_at, used_at);
 }
 
 #[test]

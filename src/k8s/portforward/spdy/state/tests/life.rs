@@ -34,15 +34,47 @@ fn a_quiet_session_is_asked_for_a_sign_of_life_without_taking_a_workers_time() {
 
 #[test]
 fn a_dead_session_is_noticed_within_fifteen_seconds_and_six_when_in_use() {
-    for (active, within) in [(false, 15), (true, 6)] {
+    type Act = fn(&mut Scene, usize);
+    let cases: [(&str, Act, u64); 5] = [
+        ("at rest", |_, _| {}, 15),
+        ("a request", |scene, key| drop(scene.write(key, 10)), 6),
+        (
+            "a request that has arrived",
+            |scene, key| {
+                scene.write(key, 10);
+                scene.written();
+                scene.reply(key);
+            },
+            6,
+        ),
+        (
+            "a download",
+            |scene, key| {
+                scene.data(key, 10);
+                scene.read(key);
+            },
+            6,
+        ),
+        (
+            "a connection that opens",
+            |scene, _| {
+                let opened = scene.open(80);
+                scene.read(opened);
+            },
+            6,
+        ),
+    ];
+    for (what, act, within) in cases {
         let mut scene = Scene::new();
         let key = scene.open(80);
         scene.read(key);
         scene.written();
         scene.reply(key);
-        if active {
-            scene.write(key, 10);
-        }
+        // Long after it was opened.
+        scene.now += Duration::from_secs(60);
+        scene.state.resumed(scene.now);
+        act(&mut scene, key);
+        scene.written();
         let begun = scene.now;
         while scene.state.ended().is_none() {
             let next = scene.state.deadline(scene.now);
@@ -53,9 +85,12 @@ fn a_dead_session_is_noticed_within_fifteen_seconds_and_six_when_in_use() {
         let taken = scene.now - begun;
         assert!(
             taken <= Duration::from_secs(within) + Duration::from_millis(50),
-            "{taken:?}"
+            "{what}: {taken:?}"
         );
-        assert!(taken > Duration::from_secs(within / 2), "{taken:?} is hasty");
+        assert!(
+            taken > Duration::from_secs(within / 2),
+            "{what}: {taken:?} is hasty"
+        );
     }
 }
 
