@@ -18,6 +18,7 @@ mod replay;
 mod reply;
 mod retry;
 mod route;
+mod socket;
 mod tcp;
 mod upstream;
 
@@ -33,6 +34,7 @@ use crate::drain::Drain;
 use crate::files;
 use crate::name::Naming;
 use crate::proxy::admission::Admission;
+use crate::proxy::socket::{Reset, Socket};
 use crate::registry::{Balancer, Registry};
 use crate::traffic::Requests;
 use crate::transport::Connect;
@@ -136,6 +138,7 @@ impl Proxy {
                 tls.pods,
                 config.idle_timeout,
                 config.limits.connections_per_pod,
+                config.ready_timeout,
                 pods,
             ),
             balancer: Balancer::default(),
@@ -164,6 +167,7 @@ impl Proxy {
         let ends = connection::Ends {
             client,
             local: self.addresses().first().copied().unwrap_or(client),
+            reset: Reset::default(),
         };
         connection::serve(self.context.clone(), stream, ends, None)
     }
@@ -181,7 +185,9 @@ impl Proxy {
                 async move {
                     match stream.local_addr() {
                         Ok(local) => {
-                            let ends = connection::Ends { client, local };
+                            let reset = Reset::default();
+                            let stream = Socket::new(stream, reset.clone());
+                            let ends = connection::Ends { client, local, reset };
                             connection::serve(context, stream, ends, Some(admitted)).await;
                         }
                         Err(error) => debug!(%client, %error, "closed: the connection has ended already"),

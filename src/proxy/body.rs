@@ -12,6 +12,7 @@ use hyper::body::Incoming;
 use tokio_util::sync::DropGuard;
 
 use crate::proxy::front::Front;
+use crate::proxy::socket::Reset;
 use crate::proxy::upstream::Lease;
 use crate::registry::InFlight;
 use crate::traffic::{AccessRecord, Outcome};
@@ -118,6 +119,8 @@ pub(crate) struct Passed {
     /// Ends a request whose body was not asked for.
     _unasked: Option<DropGuard>,
     _in_flight: InFlight,
+    /// Resets the client's connection if the body breaks.
+    reset: Option<Reset>,
     record: AccessRecord,
 }
 
@@ -128,6 +131,7 @@ impl ResponseBody {
         lease: Lease,
         unasked: Option<DropGuard>,
         in_flight: InFlight,
+        reset: Option<Reset>,
         record: AccessRecord,
     ) -> Self {
         let mut passed = Passed {
@@ -135,6 +139,7 @@ impl ResponseBody {
             lease: Some(lease),
             _unasked: unasked,
             _in_flight: in_flight,
+            reset,
             record,
         };
         if passed.body.is_end_stream() {
@@ -164,6 +169,9 @@ impl Passed {
             None => self.finish(Outcome::Complete),
             Some(Err(error)) => {
                 self.record.reason.get_or_insert_with(|| error.to_string());
+                if let Some(reset) = &self.reset {
+                    reset.wish();
+                }
                 self.finish(Outcome::Broken);
             }
             Some(Ok(frame)) => {

@@ -22,6 +22,7 @@ use crate::proxy::detect::{self, Prefixed, Protocol};
 use crate::proxy::front::{Front, FrontStream};
 use crate::proxy::h2c;
 use crate::proxy::http::answer;
+use crate::proxy::socket::Reset;
 
 /// HTTP/2 towards clients as the seed has it: 1 MiB frames; windows that keep a bulk upload moving.
 const MAX_FRAME: u32 = 1 << 20;
@@ -33,12 +34,14 @@ const PING_AFTER: Duration = Duration::from_mins(1);
 const PING_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The two ends of a client's connection.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(super) struct Ends {
     /// The client's address.
     pub(super) client: SocketAddr,
     /// Ours.
     pub(super) local: SocketAddr,
+    /// How it is told to end with a reset.
+    pub(super) reset: Reset,
 }
 
 /// What is known of a client's connection.
@@ -50,6 +53,8 @@ pub(super) struct Downstream {
     pub(super) local: SocketAddr,
     /// Whether it speaks TLS.
     pub(super) security: Security,
+    /// How it is told to end with a reset.
+    pub(super) reset: Reset,
     /// The stream below HTTP/1.1; of no meaning to requests over HTTP/2.
     pub(super) front: Arc<Front>,
     /// Counts it for as long as anything of it lives, if it came to a listener.
@@ -95,16 +100,17 @@ pub(super) async fn serve<S>(context: Arc<Context>, stream: S, ends: Ends, admit
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let Ends { client, local } = ends;
-    let Some((protocol, stream)) = detect(&context, stream, client).await else {
+    let Some((protocol, stream)) = detect(&context, stream, ends.client).await else {
         return;
     };
     if protocol == Protocol::Tls {
         boxed(|| serve_tls(context, stream, ends, admitted)).await;
     } else {
+        let Ends { client, local, reset } = ends;
         let downstream = Downstream {
             client,
             local,
+            reset,
             security: Security::Cleartext,
             front: Arc::default(),
             _admitted: admitted,
@@ -144,7 +150,7 @@ async fn serve_tls<S>(context: Arc<Context>, stream: S, ends: Ends, admitted: Op
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let Ends { client, local } = ends;
+    let Ends { client, local, reset } = ends;
     let (timeout, acceptor) = (context.header_timeout, TlsAcceptor::from(context.tls.clone()));
     let accepting = boxed(|| tokio::time::timeout(timeout, acceptor.accept(stream)));
     let stream = match accepting.await {
@@ -165,6 +171,7 @@ where
     let downstream = Downstream {
         client,
         local,
+        reset,
         security: Security::Tls { alpn },
         front: Arc::default(),
         _admitted: admitted,

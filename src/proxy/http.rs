@@ -24,6 +24,7 @@ use crate::proxy::error::Error;
 use crate::proxy::http::exchange::{Answered, Destination, exchange};
 use crate::proxy::http::upgrade::Upgrade;
 use crate::proxy::reply::{self, Form};
+use crate::proxy::socket::Reset;
 use crate::proxy::{Context, own};
 use crate::traffic::AccessRecord;
 
@@ -79,7 +80,11 @@ pub(super) async fn answer(
         }
         (Ok(By::Pod(answered)), _) => match cors.preflight(answered.answer.response.headers()) {
             Some(headers) => in_its_place(*answered, headers, record, &context.clients),
-            None => pass_on(*answered, record),
+            None => {
+                // Where the end of the connection is the end of the body, a break must not look like one.
+                let reset = (version == Version::HTTP_10).then(|| downstream.reset.clone());
+                pass_on(*answered, reset, record)
+            }
         },
         (Ok(By::Page(page)), _) => {
             let asked = own::Asked {
@@ -165,7 +170,7 @@ fn in_its_place(
 }
 
 /// Passes a pod's response on to the client.
-fn pass_on(answered: Answered, mut record: AccessRecord) -> Response<ResponseBody> {
+fn pass_on(answered: Answered, reset: Option<Reset>, mut record: AccessRecord) -> Response<ResponseBody> {
     let Answered {
         answer,
         unasked,
@@ -182,6 +187,6 @@ fn pass_on(answered: Answered, mut record: AccessRecord) -> Response<ResponseBod
     record.first_byte = Some(Instant::now());
     Response::from_parts(
         parts,
-        ResponseBody::upstream(body, lease, unasked, in_flight, record),
+        ResponseBody::upstream(body, lease, unasked, in_flight, reset, record),
     )
 }

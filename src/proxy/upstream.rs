@@ -158,6 +158,8 @@ struct Shared {
     tls: PodTls,
     /// How many HTTP/1.1 connections a port of a pod may have.
     connections_per_pod: usize,
+    /// How long a request waits for one of these.
+    patience: Duration,
     /// For the warning that one has them all.
     full: Notice,
     drain: Drain,
@@ -277,13 +279,14 @@ impl fmt::Debug for Upstream {
 
 impl Upstream {
     /// Makes empty pools over `connect`; connections unused for `idle_timeout` are closed, and a port of a pod has
-    /// `connections_per_pod` of HTTP/1.1 at most. Its tasks run under `drain`.
+    /// `connections_per_pod` of HTTP/1.1 at most, for which a request waits no longer than `patience`. Its tasks run under `drain`.
     #[must_use]
     pub(crate) fn new(
         connect: Arc<dyn Connect>,
         tls: PodTls,
         idle_timeout: Duration,
         connections_per_pod: usize,
+        patience: Duration,
         drain: &Drain,
     ) -> Self {
         let this = Self {
@@ -291,6 +294,7 @@ impl Upstream {
                 connect,
                 tls,
                 connections_per_pod,
+                patience,
                 full: Notice::default(),
                 drain: drain.clone(),
             }),

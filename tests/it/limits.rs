@@ -99,6 +99,36 @@ async fn a_websocket_has_a_pods_connection_until_it_ends() {
 }
 
 #[tokio::test]
+async fn a_request_does_not_wait_for_ever_for_a_pods_connection() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let _workload = web(&cluster, 1);
+    let flags = [
+        (&setting::MAX_CONNECTIONS_PER_POD, "1"),
+        (&setting::READY_TIMEOUT, "200ms"),
+    ];
+    let app = TestApp::with(&cluster.kubeconfig(), &flags).await;
+    let stream = TcpStream::connect(app.address).await.unwrap();
+    let (socket, _) = tokio_tungstenite::client_async("ws://web.shop/ws", stream)
+        .await
+        .unwrap();
+    let refused = fetch(app.address, "web.shop", "/").await;
+    assert_eq!(refused.status, StatusCode::BAD_GATEWAY);
+    assert!(
+        refused.text().contains("--max-connections-per-pod"),
+        "{}",
+        refused.text()
+    );
+    drop(socket);
+    eventually_served(&app).await;
+}
+
+/// Waits until a request is served.
+async fn eventually_served(app: &TestApp) {
+    let served = async { while fetch(app.address, "web.shop", "/").await.status != StatusCode::OK {} };
+    tokio::time::timeout(PATIENCE, served).await.unwrap();
+}
+
+#[tokio::test]
 async fn large_heads_are_refused_at_the_settings_limits() {
     let cluster = FakeCluster::start().await.unwrap();
     let _workload = web(&cluster, 1);

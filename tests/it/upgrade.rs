@@ -11,7 +11,9 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::{Message, protocol::Role};
 
-use crate::app::{TestApp, web};
+use crate::app::{PATIENCE, TestApp, web};
+use crate::backends::behind;
+use crate::interim::until;
 
 const WEB: &str = "web.shop.svc.cluster.local";
 
@@ -148,6 +150,38 @@ pub(crate) async fn frame(stream: &mut TcpStream) -> (u8, u8, u32, Vec<u8>) {
         u32::from_be_bytes(header[5..].try_into().unwrap()),
         payload,
     )
+}
+
+#[tokio::test]
+async fn a_pod_that_breaks_off_resets_a_client_that_could_take_it_for_an_end() {
+    let upgraded = "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: raw\r\n\r\n";
+    let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n";
+    for (version, answer, last) in [("1.1", upgraded, "\r\n\r\n"), ("1.0", chunked, "hello")] {
+        let cluster = FakeCluster::start().await.unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (break_off, broken_off) = tokio::sync::oneshot::channel::<()>();
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            until(&mut stream, "\r\n\r\n").await;
+            stream.write_all(answer.as_bytes()).await.unwrap();
+            let _ = broken_off.await;
+            stream.set_zero_linger().unwrap();
+        });
+        let _workload = behind(&cluster, address);
+        let app = TestApp::start(&cluster).await;
+        let mut client = TcpStream::connect(app.address).await.unwrap();
+        let request =
+            format!("GET / HTTP/{version}\r\nHost: web.shop\r\nConnection: upgrade\r\nUpgrade: raw\r\n\r\n");
+        client.write_all(request.as_bytes()).await.unwrap();
+        until(&mut client, last).await;
+        break_off.send(()).unwrap();
+        let ended = tokio::time::timeout(PATIENCE, client.read(&mut [0]))
+            .await
+            .unwrap();
+        let kind = ended.map_err(|error| error.kind());
+        assert_eq!(kind, Err(std::io::ErrorKind::ConnectionReset), "HTTP/{version}");
+    }
 }
 
 #[tokio::test]

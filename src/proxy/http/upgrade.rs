@@ -21,6 +21,7 @@ use crate::proxy::body::{BoxError, ResponseBody};
 use crate::proxy::connection::Downstream;
 use crate::proxy::http::exchange::Answered;
 use crate::proxy::http::headers;
+use crate::proxy::socket::Reset;
 use crate::proxy::upstream::{Answer, Lease};
 use crate::registry::InFlight;
 use crate::traffic::{AccessRecord, Outcome};
@@ -117,19 +118,29 @@ impl Upgrade {
         }
         record.status = Some(parts.status);
         record.first_byte = Some(Instant::now());
-        drain.spawn(join(self.client, pod, (downstream, lease, in_flight), record));
+        // A stream of HTTP/2 is reset when it is dropped, and its connection is for others, too.
+        let reset = (!self.extended).then(|| downstream.reset.clone());
+        drain.spawn(join(
+            self.client,
+            pod,
+            reset,
+            (downstream, lease, in_flight),
+            record,
+        ));
         Response::from_parts(parts, ResponseBody::own(Bytes::new()))
     }
 }
 
-/// Copies both ways until both sides have ended. The record is emitted then, and the pod counts as busy until then.
+/// Copies both ways until both sides have ended; if one breaks, the client's connection is reset, so that it does not look
+/// like an orderly end. The record is emitted then, and the pod counts as busy until then.
 async fn join(
     client: OnUpgrade,
     pod: OnUpgrade,
+    reset: Option<Reset>,
     _held: (Arc<Downstream>, Lease, InFlight),
     mut record: AccessRecord,
 ) {
-    match splice(client, pod).await {
+    match splice(client, pod, reset).await {
         Ok((received, sent)) => {
             record
                 .received
@@ -144,9 +155,17 @@ async fn join(
     }
 }
 
-async fn splice(client: OnUpgrade, pod: OnUpgrade) -> Result<(u64, u64), BoxError> {
+async fn splice(client: OnUpgrade, pod: OnUpgrade, reset: Option<Reset>) -> Result<(u64, u64), BoxError> {
     let (client, pod) = tokio::try_join!(client, pod)?;
-    Ok(copy_bidirectional(&mut TokioIo::new(client), &mut TokioIo::new(pod)).await?)
+    let (mut client, mut pod) = (TokioIo::new(client), TokioIo::new(pod));
+    let copied = copy_bidirectional(&mut client, &mut pod).await;
+    if copied.is_err()
+        && let Some(reset) = reset
+    {
+        // While the client's stream is still there to be reset.
+        reset.wish();
+    }
+    Ok(copied?)
 }
 
 /// Whether a request is an extended CONNECT, which names its target as other requests do.

@@ -109,10 +109,10 @@ impl Pool {
         lock(&self.state).hand_over(connection, true);
     }
 
-    /// Waits until the pod may have another connection.
-    async fn place(&self, shared: &Shared) -> OwnedSemaphorePermit {
+    /// Waits until the pod may have another connection, but not for ever: those that have them may never let go.
+    async fn place(&self, shared: &Shared) -> Result<OwnedSemaphorePermit, Error> {
         if let Ok(place) = self.places.clone().try_acquire_owned() {
-            return place;
+            return Ok(place);
         }
         if shared.full.due().is_some() {
             warn!(
@@ -121,8 +121,17 @@ impl Pool {
                 "every connection to a pod is in use, further requests wait; --max-connections-per-pod allows more"
             );
         }
-        let place = self.places.clone().acquire_owned().await;
-        place.expect("the semaphore is never closed")
+        let place = tokio::time::timeout(shared.patience, self.places.clone().acquire_owned()).await;
+        match place {
+            Ok(place) => Ok(place.expect("the semaphore is never closed")),
+            Err(_) => Err(unavailable(
+                &self.peer,
+                format!(
+                    "its {} connections have all been in use for {:?}; --max-connections-per-pod allows more",
+                    shared.connections_per_pod, shared.patience
+                ),
+            )),
+        }
     }
 
     async fn connect(&self, shared: &Arc<Shared>, place: OwnedSemaphorePermit) -> Result<Connection, Error> {
@@ -220,11 +229,15 @@ impl Opening {
     /// Opens connections until as many openings run as requests wait.
     async fn run(mut self) {
         loop {
-            let place = self.pool.place(&self.shared).await;
-            if lock(&self.pool.state).ends(&mut self.counted) {
-                return; // what was waited for has come back meanwhile
-            }
-            let opened = self.pool.connect(&self.shared, place).await;
+            let opened = match self.pool.place(&self.shared).await {
+                Ok(place) => {
+                    if lock(&self.pool.state).ends(&mut self.counted) {
+                        return; // what was waited for has come back meanwhile
+                    }
+                    self.pool.connect(&self.shared, place).await
+                }
+                Err(error) => Err(error),
+            };
             let mut state = lock(&self.pool.state);
             match opened {
                 Ok(connection) => state.hand_over(connection, false),
