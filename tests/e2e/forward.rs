@@ -21,6 +21,9 @@ const LIMIT: Duration = Duration::from_secs(20);
 
 const ECHO: u16 = 9000;
 
+/// Each way to a pod by itself.
+const EACH: [Carriers; 3] = [Carriers::Spdy, Carriers::Tunnel, Carriers::Channel];
+
 /// Connects to the cluster of the environment.
 pub(crate) async fn cluster() -> Cluster {
     Cluster::load(&config(Carriers::Auto)).await.unwrap()
@@ -102,80 +105,146 @@ async fn assert_all_echo(streams: &mut [BoxStream]) {
 }
 
 #[tokio::test]
+async fn every_way_to_a_pod_carries_bytes_both_ways_unchanged() {
+    const PIECE: usize = 100_003;
+    const PIECES: usize = 80;
+    let scene = Scene::together().await;
+    for carriers in EACH {
+        let stream = Forward::start(scene.shop, carriers).await.connect(ECHO).await;
+        let (mut reader, mut writer) = tokio::io::split(stream.unwrap());
+        let piece: Vec<u8> = (0..PIECE).map(|at| (at % 251) as u8).collect();
+        let sent = piece.clone();
+        let sending = async move {
+            for _ in 0..PIECES {
+                writer.write_all(&sent).await.unwrap();
+            }
+            writer
+        };
+        let receiving = async {
+            let mut came = vec![0; PIECE];
+            for number in 0..PIECES {
+                reader.read_exact(&mut came).await.unwrap();
+                assert!(came == piece, "{carriers:?}: piece {number} is another one");
+            }
+        };
+        within(LIMIT, "the echo", async { tokio::join!(sending, receiving) }).await;
+    }
+}
+
+#[tokio::test]
 async fn a_refused_connection_is_told_why_and_costs_no_other() {
     let scene = Scene::together().await;
-    let forward = Forward::start(scene.shop, Carriers::Spdy).await;
-    let mut others = forward.echoes(8).await;
-    for _ in 0..3 {
-        let mut refused = forward.connect(4444).await.unwrap();
-        // Bytes on their way when the port refuses are what stops a worker of older runtimes.
-        drop(refused.write_all(b"early").await);
-        let error = within(LIMIT, "a refusal", refused.read_u8()).await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{error}");
-        assert!(error.to_string().contains("connection refused"), "{error}");
+    for carriers in EACH {
+        let forward = Forward::start(scene.shop, carriers).await;
+        let mut others = forward.echoes(8).await;
+        for _ in 0..3 {
+            let mut refused = forward.connect(4444).await.unwrap();
+            // Bytes on their way when the port refuses are what stops a worker of older runtimes.
+            drop(refused.write_all(b"early").await);
+            let error = within(LIMIT, "a refusal", refused.read_u8()).await.unwrap_err();
+            assert_eq!(
+                error.kind(),
+                ErrorKind::ConnectionRefused,
+                "{carriers:?}: {error}"
+            );
+            assert!(error.to_string().contains("connection refused"), "{error}");
+        }
+        assert_all_echo(&mut others).await;
+        assert_all_echo(&mut forward.echoes(8).await).await;
     }
-    assert_all_echo(&mut others).await;
-    assert_all_echo(&mut forward.echoes(8).await).await;
 }
 
 #[tokio::test]
 async fn a_connection_that_is_reset_costs_no_other() {
     let scene = Scene::together().await;
-    let forward = Forward::start(scene.shop, Carriers::Spdy).await;
-    let mut others = forward.echoes(8).await;
-    for _ in 0..3 {
-        let mut reset = forward.connect(9003).await.unwrap();
-        reset.write_all(b"x").await.unwrap();
-        let error = within(LIMIT, "a reset", reset.read_u8()).await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}");
+    for carriers in EACH {
+        let forward = Forward::start(scene.shop, carriers).await;
+        let mut others = forward.echoes(8).await;
+        for _ in 0..3 {
+            let mut reset = forward.connect(9003).await.unwrap();
+            reset.write_all(b"x").await.unwrap();
+            let error = within(LIMIT, "a reset", reset.read_u8()).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{carriers:?}: {error}");
+        }
+        assert_all_echo(&mut others).await;
+        assert_all_echo(&mut forward.echoes(8).await).await;
     }
-    assert_all_echo(&mut others).await;
-    assert_all_echo(&mut forward.echoes(8).await).await;
 }
 
 #[tokio::test]
 async fn an_application_that_does_not_read_holds_up_no_other_connection() {
     let scene = Scene::together().await;
-    let forward = Forward::start(scene.shop, Carriers::Spdy).await;
-    let mut others = forward.echoes(8).await;
-    let mut uploads = JoinSet::new();
-    for _ in 0..2 {
-        let mut hold = forward.connect(9002).await.unwrap();
-        uploads.spawn(async move { hold.write_all(&vec![0; 64 << 20]).await });
+    for carriers in EACH {
+        let forward = Forward::start(scene.shop, carriers).await;
+        let mut others = forward.echoes(8).await;
+        let mut uploads = JoinSet::new();
+        for _ in 0..2 {
+            let mut hold = forward.connect(9002).await.unwrap();
+            uploads.spawn(async move { hold.write_all(&vec![0; 64 << 20]).await });
+        }
+        keep_echoing(&forward, &mut others).await;
+        assert_eq!(uploads.len(), 2);
+        assert!(
+            uploads.try_join_next().is_none(),
+            "{carriers:?}: an upload has ended that nobody reads"
+        );
     }
+}
+
+#[tokio::test]
+async fn a_reader_that_stops_holds_up_no_other_connection() {
+    let scene = Scene::together().await;
+    for carriers in EACH {
+        let forward = Forward::start(scene.shop, carriers).await;
+        let mut others = forward.echoes(8).await;
+        let mut floods = Vec::new();
+        for _ in 0..2 {
+            let mut flood = forward.connect(9004).await.unwrap();
+            within(LIMIT, "the flood", flood.read_u8()).await.unwrap();
+            floods.push(flood);
+        }
+        keep_echoing(&forward, &mut others).await;
+        for flood in &mut floods {
+            // More than waits for a reader anywhere: it goes on where it stopped.
+            let mut rest = vec![0; 32 << 20];
+            within(LIMIT, "the rest of the flood", flood.read_exact(&mut rest))
+                .await
+                .unwrap();
+        }
+    }
+}
+
+/// Lets connections echo, and new ones too, for as long as those beside them need to fill what the kernel takes.
+async fn keep_echoing(forward: &Forward, others: &mut [BoxStream]) {
     let began = Instant::now();
-    // Long enough for the uploads to have filled what the kernel takes.
     while began.elapsed() < Duration::from_secs(3) {
-        assert_all_echo(&mut others).await;
+        assert_all_echo(others).await;
         assert_all_echo(&mut forward.echoes(2).await).await;
     }
-    assert_eq!(uploads.len(), 2);
-    assert!(
-        uploads.try_join_next().is_none(),
-        "an upload has ended that nobody reads"
-    );
 }
 
 #[tokio::test]
 async fn an_end_that_answers_the_applications_is_not_held_back() {
     let scene = Scene::together().await;
-    let forward = Forward::start(scene.shop, Carriers::Spdy).await;
-    for _ in 0..5 {
-        let mut stream = forward.connect(8081).await.unwrap();
-        let request = b"GET /health HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
-        stream.write_all(request).await.unwrap();
-        within(LIMIT, "an answer", stream.read_u8()).await.unwrap();
-        let began = Instant::now();
-        // Without it the runtime holds the application's end back for a second.
-        stream.shutdown().await.unwrap();
-        let mut rest = Vec::new();
-        within(LIMIT, "the end", stream.read_to_end(&mut rest))
-            .await
-            .unwrap();
-        assert!(
-            began.elapsed() < Duration::from_millis(700),
-            "{:?}",
-            began.elapsed()
-        );
+    for carriers in EACH {
+        let forward = Forward::start(scene.shop, carriers).await;
+        for _ in 0..5 {
+            let mut stream = forward.connect(8081).await.unwrap();
+            let request = b"GET /health HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
+            stream.write_all(request).await.unwrap();
+            within(LIMIT, "an answer", stream.read_u8()).await.unwrap();
+            let began = Instant::now();
+            // Without it the runtime holds the application's end back for a second.
+            stream.shutdown().await.unwrap();
+            let mut rest = Vec::new();
+            within(LIMIT, "the end", stream.read_to_end(&mut rest))
+                .await
+                .unwrap();
+            assert!(
+                began.elapsed() < Duration::from_millis(700),
+                "{carriers:?}: {:?}",
+                began.elapsed()
+            );
+        }
     }
 }

@@ -7,6 +7,8 @@ use std::collections::BTreeSet;
 
 use tokio::time::{Duration, Instant};
 
+use crate::cluster::Namespace;
+use crate::forward;
 use crate::note::note;
 use crate::scene::Scene;
 use raw::{Frame, Raw, WORKERS};
@@ -16,8 +18,10 @@ const LIMIT: Duration = Duration::from_secs(20);
 const SILENCE: Duration = Duration::from_secs(1);
 
 const ECHO: u16 = 9000;
+const GREET: u16 = 9001;
 const HOLD: u16 = 9002;
 const RESET: u16 = 9003;
+const FLOOD: u16 = 9004;
 const HTTP1: u16 = 8081;
 const CLOSED: u16 = 4444;
 
@@ -154,6 +158,45 @@ async fn an_id_that_is_too_low_is_refused_without_a_worker() {
 }
 
 #[tokio::test]
+async fn a_stream_without_headers_is_refused_by_its_worker() {
+    let mut workers = Workers::start().await;
+    let free = workers.raw.unused(2);
+    workers.raw.open_bare(free).await;
+    let refused = |id| move |raw: &Raw| raw.has(|frame| matches!(frame, Frame::Reset(of, _) if *of == id));
+    assert!(
+        workers.raw.wait(LIMIT, refused(free)).await,
+        "a worker that has nothing else to do does not answer"
+    );
+    workers.stall(1).await;
+    let stuck = workers.raw.unused(1);
+    workers.raw.open_bare(stuck).await;
+    assert!(
+        !workers.raw.wait(SILENCE, refused(stuck)).await,
+        "an answer that overtakes what its worker has in its hands proves nothing of it"
+    );
+    assert_eq!(workers.alive().await, others(1));
+}
+
+#[tokio::test]
+async fn a_connection_is_taken_before_anything_else_is_said_of_it() {
+    let scene = Scene::together().await;
+    let mut raw = Raw::connect(scene.shop).await;
+    for (port, bytes) in [(GREET, &b""[..]), (CLOSED, b""), (ECHO, b"hello")] {
+        let stream = raw.open(2, port, bytes).await;
+        let spoken = |raw: &Raw| raw.bytes(stream) + raw.bytes(stream - 10) > 0;
+        assert!(raw.wait(LIMIT, spoken).await, "port {port} says nothing");
+        for id in [stream - 10, stream] {
+            let taken = raw.place(|frame| *frame == Frame::Reply(id));
+            let first = raw.place(|frame| matches!(frame, Frame::Data { stream, .. } if *stream == id));
+            assert!(
+                taken.is_some() && first.is_none_or(|first| Some(first) > taken),
+                "port {port}, stream {id}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
 async fn bytes_that_nobody_is_left_to_take_stop_their_worker_alone() {
     let mut workers = Workers::start().await;
     let stream = workers.raw.open(2, HTTP1, LAST_REQUEST).await;
@@ -194,6 +237,51 @@ async fn a_port_that_refuses_says_so_on_the_error_stream_and_harms_nobody() {
     }
     assert_eq!(workers.raw.bytes(stream), 0);
     assert_eq!(workers.alive().await.len(), WORKERS);
+}
+
+#[tokio::test]
+async fn bytes_for_a_port_that_refuses_stop_their_worker_at_most() {
+    let mut workers = Workers::start().await;
+    let stream = workers.raw.open(2, CLOSED, b"early").await;
+    assert!(
+        workers.raw.wait(LIMIT, |raw| raw.has_ended(stream)).await,
+        "no end"
+    );
+    let text = workers.raw.text(stream - 10);
+    assert!(text.contains("connection refused"), "{text:?}");
+    let alive = workers.alive().await;
+    note(&format!(
+        "bytes for a port that refuses stop their worker: {}",
+        !alive.contains(&2)
+    ));
+    assert!(alive.is_superset(&others(2)), "{alive:?}");
+}
+
+#[tokio::test]
+async fn a_pod_that_has_ended_says_so_to_newcomers_of_its_session() {
+    let _scene = Scene::together().await;
+    let own = Namespace::web("ended").await;
+    let pod = forward::pod(&own).await;
+    let mut raw = Raw::connect_to(&pod).await;
+    let echo = raw.open(0, ECHO, b"hello").await;
+    assert!(raw.wait(LIMIT, |raw| raw.bytes(echo) == 5).await, "no echo");
+    own.kubectl(&["delete", "pod", &pod.name, "--grace-period=1", "--wait"])
+        .await
+        .succeeded();
+    assert!(raw.wait(LIMIT, |raw| raw.has_ended(echo)).await, "no end");
+    assert_eq!(
+        raw.pings(LIMIT).await.len(),
+        WORKERS,
+        "the session outlives the pod"
+    );
+    let late = raw.open(1, ECHO, b"").await;
+    assert!(raw.wait(LIMIT, |raw| raw.has_ended(late)).await, "no refusal");
+    let text = raw.text(late - 10);
+    note(&format!("an ended pod: {text}"));
+    assert!(
+        text.contains("sandbox"),
+        "nothing that tells it from a port that refuses: {text:?}"
+    );
 }
 
 #[tokio::test]
@@ -244,4 +332,46 @@ async fn an_applications_end_comes_a_second_late_unless_ours_has_come_before() {
         };
         assert!(expected, "ours sent: {hurried}; {seconds} s");
     }
+}
+
+#[tokio::test]
+async fn an_answer_that_is_awaited_is_cut_off_a_second_after_our_end() {
+    let mut workers = Workers::start().await;
+    let request = |ms| format!("GET /slow?ms={ms} HTTP/1.1\r\nhost: a\r\n\r\n");
+    for (ms, answered) in [(100, true), (4000, false)] {
+        let stream = workers.raw.open(2, HTTP1, request(ms).as_bytes()).await;
+        workers.raw.end(stream).await;
+        assert!(
+            workers.raw.wait(LIMIT, |raw| raw.has_ended(stream)).await,
+            "no end"
+        );
+        assert_eq!(workers.raw.bytes(stream) > 0, answered, "after {ms} ms");
+    }
+    assert_eq!(workers.alive().await.len(), WORKERS);
+}
+
+#[tokio::test]
+async fn what_an_application_writes_goes_on_for_a_second_after_our_reset() {
+    let mut workers = Workers::start().await;
+    let stream = workers.raw.open(2, FLOOD, b"").await;
+    assert!(
+        workers.raw.wait(LIMIT, |raw| raw.bytes(stream) > 0).await,
+        "no flood"
+    );
+    workers.raw.reset(stream).await;
+    let (began, before) = (Instant::now(), workers.raw.bytes(stream));
+    let ended = |raw: &Raw| {
+        raw.has(|frame| matches!(frame, Frame::Data { stream: of, fin: true, .. } if *of == stream - 10))
+    };
+    assert!(workers.raw.wait(LIMIT, ended).await, "no end");
+    note(&format!(
+        "after a reset {} KiB came in {:.3} s",
+        (workers.raw.bytes(stream) - before) >> 10,
+        began.elapsed().as_secs_f64()
+    ));
+    assert!(
+        workers.raw.bytes(stream) > before,
+        "a reset stops the runtime at once"
+    );
+    assert_eq!(workers.alive().await.len(), WORKERS);
 }

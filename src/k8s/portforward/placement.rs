@@ -31,6 +31,8 @@ const NEW: Duration = Duration::from_secs(1);
 /// What is to be placed, and what the pool does for it already.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Newcomer {
+    /// The pod's port.
+    pub(super) port: u16,
     /// Whether it is expected to be small, as those before it were.
     pub(super) small: bool,
     /// How many sessions are being opened.
@@ -65,7 +67,7 @@ pub(super) fn place(sessions: &[Load], newcomer: Newcomer, now: Instant) -> Plac
     let burst: Vec<(usize, &Load)> = open
         .iter()
         .copied()
-        .filter(|(_, load)| load.apart && is_young(load, now))
+        .filter(|(_, load)| load.apart == Some(newcomer.port) && is_young(load, now))
         .collect();
     let session = if newcomer.small {
         among_its_kind(&open, newcomer, may_wait)
@@ -101,7 +103,7 @@ fn among_its_kind(open: &[(usize, &Load)], newcomer: Newcomer, may_wait: bool) -
     let kind = || {
         open.iter()
             .copied()
-            .filter(|(_, load)| load.live > 0 && !load.apart)
+            .filter(|(_, load)| load.live > 0 && load.apart.is_none())
     };
     let fewest = kind().min_by_key(|(_, load)| load.live);
     if let Some((index, load)) = fewest
@@ -122,7 +124,7 @@ fn apart(
     may_wait: bool,
     now: Instant,
 ) -> Option<usize> {
-    // Many at the same moment are one client's, and alike.
+    // Many to one port at the same moment are one client's, and alike.
     if burst.len() >= SHARED {
         return least(burst.iter().copied());
     }
@@ -165,7 +167,9 @@ fn is_young(load: &Load, now: Instant) -> bool {
 mod tests {
     use super::*;
 
+    const PORT: u16 = 80;
     const SMALL: Newcomer = Newcomer {
+        port: PORT,
         small: true,
         dialing: 0,
         waiting: 0,
@@ -183,7 +187,7 @@ mod tests {
             live,
             open: true,
             worn: false,
-            apart: false,
+            apart: None,
             busy_since: (live > 0).then_some(now),
             active_at: now,
         }
@@ -192,7 +196,7 @@ mod tests {
     /// A session with a connection of its own.
     fn private(since: Instant) -> Load {
         Load {
-            apart: true,
+            apart: Some(PORT),
             ..shared(1, since)
         }
     }
@@ -300,6 +304,12 @@ mod tests {
             shared(0, now),
         ];
         assert_eq!(place(&more, UNKNOWN, now), placed(Some(0), 0));
+        let other = Newcomer { port: 81, ..UNKNOWN };
+        assert_eq!(
+            place(&more, other, now),
+            placed(Some(4), 1),
+            "what comes to another port is of another kind"
+        );
         let later = now + 2 * NEW;
         assert_eq!(place(&more, UNKNOWN, later), placed(Some(4), 1));
     }

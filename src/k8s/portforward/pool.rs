@@ -260,6 +260,7 @@ impl Inner {
         }
         let loads = self.prune();
         let newcomer = Newcomer {
+            port,
             small,
             dialing: self.dialing,
             waiting: self.waiting.len(),

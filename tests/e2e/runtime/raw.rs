@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use kube_tunnel::k8s::bare::{Codec, upgrade};
+use kube_tunnel::registry::PodRef;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, WriteHalf};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -25,6 +26,8 @@ pub(super) enum Frame {
         payload: Vec<u8>,
         fin: bool,
     },
+    /// The stream that has been taken.
+    Reply(u32),
     /// The stream and why.
     Reset(u32, u32),
     Pong(u32),
@@ -49,8 +52,13 @@ pub(super) struct Raw {
 impl Raw {
     /// Opens a session to a pod of `web`.
     pub(super) async fn connect(namespace: &Namespace) -> Self {
-        let (cluster, pod) = (cluster().await, pod(namespace).await);
-        let io = upgrade(&cluster, &pod, UPGRADE).await.unwrap();
+        Self::connect_to(&pod(namespace).await).await
+    }
+
+    /// Opens a session to a pod.
+    pub(super) async fn connect_to(pod: &PodRef) -> Self {
+        let cluster = cluster().await;
+        let io = upgrade(&cluster, pod, UPGRADE).await.unwrap();
         let (mut reader, writer) = tokio::io::split(Box::new(io) as Box<dyn Io>);
         let (sender, coming) = mpsc::unbounded_channel();
         let mut tasks = JoinSet::new();
@@ -72,17 +80,23 @@ impl Raw {
 
     /// Opens a connection whose streams belong to a worker, and sends bytes with the opening. Returns the data stream.
     pub(super) async fn open(&mut self, class: usize, port: u16, bytes: &[u8]) -> u32 {
-        let mut id = self.last_id + 12;
-        while id as usize % WORKERS != class {
-            id += 2;
-        }
-        self.last_id = id;
+        let id = self.unused(class);
         let mut out = Vec::new();
         self.codec.open(&mut out, id, port);
         if !bytes.is_empty() {
             self.codec.data(&mut out, id, bytes);
         }
         self.write(&out).await;
+        id
+    }
+
+    /// Takes an id of a worker for a stream, with one ten below it for another of the same worker.
+    pub(super) fn unused(&mut self, class: usize) -> u32 {
+        let mut id = self.last_id + 12;
+        while id as usize % WORKERS != class {
+            id += 2;
+        }
+        self.last_id = id;
         id
     }
 
@@ -104,6 +118,13 @@ impl Raw {
     pub(super) async fn end(&mut self, stream: u32) {
         let mut out = Vec::new();
         self.codec.end(&mut out, stream);
+        self.write(&out).await;
+    }
+
+    /// Cancels a stream.
+    pub(super) async fn reset(&mut self, stream: u32) {
+        let mut out = Vec::new();
+        self.codec.reset(&mut out, stream);
         self.write(&out).await;
     }
 
@@ -153,6 +174,11 @@ impl Raw {
         })
     }
 
+    /// Returns the place of the first frame of a kind among those that have come.
+    pub(super) fn place(&self, wanted: impl Fn(&Frame) -> bool) -> Option<usize> {
+        self.seen.iter().position(wanted)
+    }
+
     /// Counts what has come on a stream.
     pub(super) fn bytes(&self, stream: u32) -> usize {
         self.payloads(stream).map(<[u8]>::len).sum()
@@ -170,7 +196,7 @@ impl Raw {
             self.has(|frame| match frame {
                 Frame::Data { stream, fin, .. } => stream == id && *fin,
                 Frame::Reset(stream, _) => stream == id,
-                Frame::Pong(_) | Frame::Other => false,
+                Frame::Reply(_) | Frame::Pong(_) | Frame::Other => false,
             })
         })
     }
@@ -182,6 +208,7 @@ async fn read(io: &mut (impl AsyncRead + Unpin)) -> std::io::Result<Frame> {
     io.read_exact(&mut payload).await?;
     let word = |at: usize| u32::from_be_bytes(payload[at..at + 4].try_into().unwrap());
     Ok(match first {
+        0x8003_0002 => Frame::Reply(word(0)),
         0x8003_0003 => Frame::Reset(word(0), word(4)),
         0x8003_0006 => Frame::Pong(word(0)),
         stream if stream >> 31 == 0 => Frame::Data {

@@ -178,6 +178,11 @@ impl Codec {
         frame::fin(out, stream);
     }
 
+    /// Writes a reset that cancels a stream.
+    pub fn reset(&mut self, out: &mut Vec<u8>, stream: u32) {
+        frame::reset(out, stream, frame::CANCEL);
+    }
+
     /// Writes a PING.
     pub fn ping(&mut self, out: &mut Vec<u8>, id: u32) {
         frame::ping(out, id);

@@ -57,8 +57,8 @@ pub(in crate::k8s::portforward) struct Load {
     pub(in crate::k8s::portforward) open: bool,
     /// Whether it will never take any again.
     pub(in crate::k8s::portforward) worn: bool,
-    /// Whether one of them is to have it for itself.
-    pub(in crate::k8s::portforward) apart: bool,
+    /// The port of those of them that are to have it for themselves; of the last one, where necessity has mixed them.
+    pub(in crate::k8s::portforward) apart: Option<u16>,
     /// Since when it has had connections without a break.
     pub(in crate::k8s::portforward) busy_since: Option<Instant>,
     /// When payload last moved or a connection was opened, or the session began.
@@ -112,8 +112,9 @@ pub(super) struct State {
     /// Connections in use, by worker; those without a place in the last field.
     live: [usize; WORKERS],
     unplaced: usize,
-    /// Those of them that are to have the session for themselves.
+    /// Those of them that are to have the session for themselves, and the port of the last one.
     apart: usize,
+    apart_port: u16,
     /// Bytes that have come and wait for readers.
     backlog: usize,
     /// Ids up to here are used.
@@ -186,6 +187,7 @@ impl State {
             live: [0; WORKERS],
             unplaced: 0,
             apart: 0,
+            apart_port: 0,
             backlog: 0,
             last_id: output::PROBE,
             opened: 0,
@@ -275,7 +277,7 @@ impl State {
             live: self.live(),
             open,
             worn,
-            apart: self.apart > 0,
+            apart: (self.apart > 0).then_some(self.apart_port),
             busy_since: self.busy_since,
             active_at: self.active_at,
         }
@@ -361,7 +363,10 @@ impl State {
     /// it here has looked before that.
     pub(super) fn connect(&mut self, port: u16, apart: bool, now: Instant) -> usize {
         self.opened += 1;
-        self.apart += usize::from(apart);
+        if apart {
+            self.apart += 1;
+            self.apart_port = port;
+        }
         self.busy_since.get_or_insert(now);
         self.active_at = now;
         self.unplaced += 1;
