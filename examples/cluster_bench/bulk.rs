@@ -1,4 +1,4 @@
-//! Many bytes in one direction, over HTTP: the one protocol that all contestants carry.
+//! Many bytes, in one direction or in both at once, over HTTP: the one protocol that all contestants carry.
 
 use std::cell::Cell;
 use std::io;
@@ -32,27 +32,37 @@ pub(crate) enum Way {
 /// What went through.
 #[derive(Debug)]
 pub(crate) struct Moved {
-    /// Bytes per second.
+    /// Bytes per second, in all directions together.
     pub(crate) rate: f64,
+    /// Bytes per second in the slowest direction: a sum does not tell whether one of them starves.
+    pub(crate) slowest: f64,
     /// How much, in GiB.
     pub(crate) amount: f64,
     /// Who took the processors meanwhile.
     pub(crate) profile: Profile,
 }
 
-/// Moves bytes over some streams at once.
-pub(crate) async fn run(running: &Running, way: Way, streams: usize, time: Duration) -> Result<Moved> {
-    let (address, count) = (running.address(0), Cell::new(0));
-    let work = try_join_all((0..streams).map(|_| stream(address, &running.host, way, &count)));
+/// Moves bytes in some directions at once, over that many streams in each.
+pub(crate) async fn run(running: &Running, ways: &[Way], streams: usize, time: Duration) -> Result<Moved> {
+    let address = running.address(0);
+    let counts = vec![Cell::new(0); ways.len()];
+    let work = ways.iter().zip(&counts).flat_map(|(way, count)| {
+        let one = move |_| stream(address, &running.host, *way, count);
+        (0..streams).map(one)
+    });
+    let work = try_join_all(work);
     let clock = async {
         sleep(RAMP).await;
-        count.set(0);
+        counts.iter().for_each(|count| count.set(0));
         let (begun, before) = (Instant::now(), running.profile()?);
         sleep(time).await;
-        let (bytes, seconds) = (count.get() as f64, begun.elapsed().as_secs_f64());
+        let seconds = begun.elapsed().as_secs_f64();
+        let moved = || counts.iter().map(Cell::get);
+        let (bytes, least) = (moved().sum::<u64>() as f64, moved().min().unwrap_or(0) as f64);
         ensure!(bytes > 0.0, "nothing was moved");
         Ok(Moved {
             rate: bytes / seconds,
+            slowest: least / seconds,
             amount: bytes / f64::from(1 << 30),
             profile: running.profile()?.since(before)?,
         })

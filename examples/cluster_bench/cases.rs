@@ -8,7 +8,7 @@ use crate::bulk::{self, Way};
 use crate::contestant::{Contestant, Running};
 use crate::delay::Delayed;
 use crate::load::{Ask, Load, lines, repeat};
-use crate::pingpong::{self, Beside};
+use crate::pingpong::{self, Beside, Neighbour};
 use crate::profile::{PARTIES, Party, Profile};
 use crate::recovery::Disturbance;
 use crate::report::{Figures, Measure};
@@ -35,11 +35,12 @@ pub(crate) enum Kind {
     Connect(usize),
     /// A small GET over a new connection, one at a time, the API server that many milliseconds away.
     FirstByte(u64),
-    /// Many bytes over that many streams.
-    Bulk(Way, usize),
+    /// Many bytes in these directions at once, over that many streams in each.
+    Bulk(&'static [Way], usize),
     /// 16 bytes there and back beside something else.
     PingPong(Beside),
-    Memory,
+    /// Resident memory with that many connections of clients; without a number, with as many as `--many` says.
+    Memory(Option<usize>),
     Recovery(Disturbance),
 }
 
@@ -73,57 +74,99 @@ pub(crate) const CASES: &[Case] = &[
         "connect to first byte, +100 ms",
         Kind::FirstByte(100),
     ),
-    case("down-1", "download, 1 stream", Kind::Bulk(Way::Down, 1)),
-    case("down-8", "download, 8 streams", Kind::Bulk(Way::Down, 8)),
-    case("up-1", "upload, 1 stream", Kind::Bulk(Way::Up, 1)),
-    case("up-8", "upload, 8 streams", Kind::Bulk(Way::Up, 8)),
+    case("down-1", "download, 1 stream", Kind::Bulk(&[Way::Down], 1)),
+    case("down-8", "download, 8 streams", Kind::Bulk(&[Way::Down], 8)),
+    case("up-1", "upload, 1 stream", Kind::Bulk(&[Way::Up], 1)),
+    case("up-8", "upload, 8 streams", Kind::Bulk(&[Way::Up], 8)),
+    case(
+        "both-1",
+        "download and upload, 1 stream each",
+        Kind::Bulk(&[Way::Down, Way::Up], 1),
+    ),
+    case(
+        "both-4",
+        "download and upload, 4 streams each",
+        Kind::Bulk(&[Way::Down, Way::Up], 4),
+    ),
     case("ping-quiet", "ping-pong, quiet", Kind::PingPong(Beside::Quiet)),
     case(
         "ping-down",
         "ping-pong beside a download",
-        Kind::PingPong(Beside::Bulk(Way::Down)),
+        Kind::PingPong(Beside::Here(Neighbour::Bulk(Way::Down), 1)),
     ),
     case(
         "ping-up",
         "ping-pong beside an upload",
-        Kind::PingPong(Beside::Bulk(Way::Up)),
+        Kind::PingPong(Beside::Here(Neighbour::Bulk(Way::Up), 1)),
     ),
     case(
         "ping-down-elsewhere",
         "ping-pong beside a download of another process",
-        Kind::PingPong(Beside::Elsewhere(Way::Down)),
+        Kind::PingPong(Beside::Elsewhere(Neighbour::Bulk(Way::Down), 1)),
     ),
     case(
         "ping-up-elsewhere",
         "ping-pong beside an upload of another process",
-        Kind::PingPong(Beside::Elsewhere(Way::Up)),
+        Kind::PingPong(Beside::Elsewhere(Neighbour::Bulk(Way::Up), 1)),
     ),
     case(
         "ping-reader",
         "ping-pong beside a stalled reader",
-        Kind::PingPong(Beside::StalledReaders(1)),
+        Kind::PingPong(Beside::Here(Neighbour::StalledReader, 1)),
     ),
     case(
         "ping-twin",
         "ping-pong beside a stalled reader of the same age",
-        Kind::PingPong(Beside::StalledTwin),
+        Kind::PingPong(Beside::Twin(Neighbour::StalledReader)),
     ),
     case(
         "ping-app",
         "ping-pong beside a stalled app",
-        Kind::PingPong(Beside::StalledApp),
+        Kind::PingPong(Beside::Here(Neighbour::StalledUpload, 1)),
     ),
     case(
         "ping-20-readers",
         "ping-pong beside 20 stalled readers",
-        Kind::PingPong(Beside::StalledReaders(20)),
+        Kind::PingPong(Beside::Here(Neighbour::StalledReader, 20)),
     ),
     case(
         "ping-20-elsewhere",
         "ping-pong beside 20 stalled readers of another process",
-        Kind::PingPong(Beside::StalledElsewhere(20)),
+        Kind::PingPong(Beside::Elsewhere(Neighbour::StalledReader, 20)),
     ),
-    case("memory", "memory", Kind::Memory),
+    case(
+        "ping-20-down",
+        "ping-pong beside 20 downloads",
+        Kind::PingPong(Beside::Here(Neighbour::Bulk(Way::Down), 20)),
+    ),
+    case(
+        "ping-20-down-elsewhere",
+        "ping-pong beside 20 downloads of another process",
+        Kind::PingPong(Beside::Elsewhere(Neighbour::Bulk(Way::Down), 20)),
+    ),
+    case(
+        "ping-20-up",
+        "ping-pong beside 20 uploads",
+        Kind::PingPong(Beside::Here(Neighbour::Bulk(Way::Up), 20)),
+    ),
+    case(
+        "ping-20-up-elsewhere",
+        "ping-pong beside 20 uploads of another process",
+        Kind::PingPong(Beside::Elsewhere(Neighbour::Bulk(Way::Up), 20)),
+    ),
+    // After the other pings: the pod never reads, so it never notices an end, and keeps these connections for good.
+    case(
+        "ping-20-stuck",
+        "ping-pong beside 20 stalled uploads",
+        Kind::PingPong(Beside::Here(Neighbour::StalledUpload, 20)),
+    ),
+    case(
+        "ping-20-stuck-elsewhere",
+        "ping-pong beside 20 stalled uploads of another process",
+        Kind::PingPong(Beside::Elsewhere(Neighbour::StalledUpload, 20)),
+    ),
+    case("memory", "memory", Kind::Memory(None)),
+    case("memory-10000", "memory", Kind::Memory(Some(10_000))),
     case(
         "recovery-restart",
         "restart of the API server",
@@ -141,7 +184,8 @@ pub(crate) const CASES: &[Case] = &[
     ),
 ];
 
-/// Connections that the node can hold: each costs the container runtime two threads and four descriptors.
+/// Connections that the node is asked to hold: each costs the container runtime two threads and four descriptors, and Go ends
+/// a program with 10,000 threads, hence containerd with half as many connections.
 const NODE_HOLDS: usize = 1000;
 
 impl Case {
@@ -152,7 +196,7 @@ impl Case {
             // The proxy speaks HTTP only.
             Kind::Connect(_) | Kind::PingPong(_) => !proxy,
             // It is the only one that does not need a connection to the pod for each client's.
-            Kind::Memory => proxy || settings.many <= NODE_HOLDS,
+            Kind::Memory(many) => proxy || many.unwrap_or(settings.many) <= NODE_HOLDS,
             _ => true,
         }
     }
@@ -174,7 +218,7 @@ pub(crate) async fn run(case: &Case, contestant: &Contestant, settings: &Setting
         .start(&settings.namespace, ports, kubeconfig.as_deref())
         .await?;
     let other = match case.kind {
-        Kind::PingPong(Beside::Elsewhere(_) | Beside::StalledElsewhere(_)) => {
+        Kind::PingPong(Beside::Elsewhere(..)) => {
             Some(contestant.start(&settings.namespace, ports, None).await?)
         }
         _ => None,
@@ -190,8 +234,8 @@ async fn measure(kind: &Kind, running: &Running, other: &Running, settings: &Set
         Kind::GetNew(count) => exchanges(running, &Ask::get(host, false), count, settings.time, true).await?,
         Kind::Connect(count) => exchanges(running, &Ask::echo(1, false), count, settings.time, true).await?,
         Kind::FirstByte(_) => exchanges(running, &Ask::get(host, false), 1, settings.time, false).await?,
-        Kind::Bulk(way, streams) => {
-            let moved = bulk::run(running, way, streams, settings.time).await?;
+        Kind::Bulk(ways, streams) => {
+            let moved = bulk::run(running, ways, streams, settings.time).await?;
             let mut figures = vec![
                 (Measure::Bytes, moved.rate / 1e6),
                 (
@@ -199,6 +243,9 @@ async fn measure(kind: &Kind, running: &Running, other: &Running, settings: &Set
                     moved.profile.of(Party::Contestant) / moved.amount,
                 ),
             ];
+            if ways.len() > 1 {
+                figures.push((Measure::SlowestBytes, moved.slowest / 1e6));
+            }
             figures.extend(shares(&moved.profile, moved.amount));
             figures
         }
@@ -208,12 +255,14 @@ async fn measure(kind: &Kind, running: &Running, other: &Running, settings: &Set
             figures.push((Measure::Worst, load.percentile(1.0)));
             figures
         }
-        Kind::Memory => {
-            let (idle, open) = memory::run(running, settings.many).await?;
-            vec![
-                (Measure::MemoryIdle, idle),
-                (Measure::MemoryOpen(settings.many), open),
-            ]
+        Kind::Memory(many) => {
+            let count = many.unwrap_or(settings.many);
+            let (idle, open) = memory::run(running, count).await?;
+            let mut figures = vec![(Measure::MemoryOpen(count), open)];
+            if many.is_none() {
+                figures.push((Measure::MemoryIdle, idle));
+            }
+            figures
         }
         Kind::Recovery(_) => anyhow::bail!("all contestants recover together"),
     })

@@ -26,63 +26,80 @@ const SETTLED: Duration = Duration::from_millis(1500);
 pub(crate) enum Beside {
     /// Nothing.
     Quiet,
-    /// One stream of bytes at full speed.
-    Bulk(Way),
+    /// That many neighbours.
+    Here(Neighbour, usize),
     /// The same through another process of the contestant: what machine and cluster do to each other's share of a processor.
-    Elsewhere(Way),
-    /// Clients that read nothing of what the pod sends without end.
-    StalledReaders(usize),
-    /// The same through another process of the contestant.
-    StalledElsewhere(usize),
-    /// One such client that connects at once after the pinging one: nothing is known of either yet.
-    StalledTwin,
-    /// A program in the pod that reads nothing of what its client sends without end.
-    StalledApp,
+    Elsewhere(Neighbour, usize),
+    /// One that connects at once after the pinging one: nothing is known of either yet.
+    Twin(Neighbour),
+}
+
+/// What a neighbour does.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Neighbour {
+    /// Moves bytes at full speed.
+    Bulk(Way),
+    /// Reads nothing of what the pod sends without end.
+    StalledReader,
+    /// Sends without end to a program in the pod that reads nothing.
+    StalledUpload,
+}
+
+impl Neighbour {
+    /// Returns the port of the test server that it goes to.
+    fn port(self) -> u16 {
+        match self {
+            Self::Bulk(_) => 8080,
+            Self::StalledReader => 9004,
+            Self::StalledUpload => 9002,
+        }
+    }
+
+    /// Does it until it is cut, or fails.
+    async fn act(self, address: SocketAddr, host: &str) {
+        match self {
+            Self::Bulk(way) => drop(bulk::stream(address, host, way, &Cell::new(0)).await),
+            Self::StalledReader => {
+                let _connection = TcpStream::connect(address).await;
+                std::future::pending().await
+            }
+            Self::StalledUpload => {
+                if let Ok(mut connection) = TcpStream::connect(address).await {
+                    let bytes = vec![0; 256 * 1024];
+                    while connection.write_all(&bytes).await.is_ok() {}
+                }
+            }
+        }
+    }
 }
 
 /// Measures beside something, from its very beginning: what it does at first is felt, too.
 /// `other`: the process that the neighbours go through.
 pub(crate) async fn run(running: &Running, other: &Running, beside: Beside, time: Duration) -> Result<Load> {
     let place = |port: u16| PORTS.iter().position(|known| *known == port).unwrap_or(0);
-    let address = |port| other.address(place(port));
     // Its connection is there first, as that of somebody who is at work when the others come.
     let line = lines(running.address(place(9000)), &Ask::echo(16, true), 1).await?;
-    if !matches!(beside, Beside::StalledTwin) {
+    if !matches!(beside, Beside::Twin(_)) {
         sleep(SETTLED).await;
     }
-    let neighbour = match beside {
+    let neighbours = match beside {
         Beside::Quiet => None,
-        Beside::Bulk(way) | Beside::Elsewhere(way) => {
-            let (to, host) = (address(8080), running.host.clone());
-            let work = move || async move { drop(bulk::stream(to, &host, way, &Cell::new(0)).await) };
-            Some(Aside::start(work)?)
-        }
-        Beside::StalledReaders(count) | Beside::StalledElsewhere(count) => Some(Aside::start({
-            let to = address(9004);
-            move || stall_readers(to, count)
-        })?),
-        Beside::StalledTwin => Some(Aside::start({
-            let to = address(9004);
-            move || stall_readers(to, 1)
-        })?),
-        Beside::StalledApp => Some(Aside::start({
-            let to = address(9002);
-            move || stall_app(to)
-        })?),
+        Beside::Here(neighbour, count) | Beside::Elsewhere(neighbour, count) => Some((neighbour, count)),
+        Beside::Twin(neighbour) => Some((neighbour, 1)),
     };
+    let work = neighbours.map(|(neighbour, count)| {
+        let (to, host) = (other.address(place(neighbour.port())), other.host.clone());
+        Aside::start(move || async move {
+            let one = |_| async {
+                neighbour.act(to, &host).await;
+                // The measurement goes on beside fewer than it says.
+                eprintln!("  a neighbour left");
+            };
+            join_all((0..count).map(one)).await;
+        })
+    });
+    let work = work.transpose()?;
     let load = repeat(line, time).await;
-    drop(neighbour);
+    drop(work);
     Ok(load)
-}
-
-async fn stall_readers(address: SocketAddr, count: usize) {
-    let _connections = join_all((0..count).map(|_| TcpStream::connect(address))).await;
-    std::future::pending().await
-}
-
-async fn stall_app(address: SocketAddr) {
-    if let Ok(mut connection) = TcpStream::connect(address).await {
-        let bytes = vec![0; 256 * 1024];
-        while connection.write_all(&bytes).await.is_ok() {}
-    }
 }

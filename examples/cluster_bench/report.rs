@@ -24,6 +24,8 @@ pub(crate) enum Measure {
     Rate,
     /// Megabytes (10^6) per second.
     Bytes,
+    /// The same in the slowest of several directions at once.
+    SlowestBytes,
     /// The contestant's processor time per 10,000 exchanges.
     ProcessorPerRequests,
     /// The contestant's processor time per GiB.
@@ -48,6 +50,7 @@ impl fmt::Display for Measure {
             Self::Worst => "worst, ms",
             Self::Rate => "per second",
             Self::Bytes => "MB/s",
+            Self::SlowestBytes => "MB/s of the slower direction",
             Self::ProcessorPerRequests => "CPU s per 10,000",
             Self::ProcessorPerGib => "CPU s per GiB",
             Self::MemoryIdle => "idle, MiB",

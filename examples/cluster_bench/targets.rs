@@ -142,6 +142,27 @@ const TARGETS: &[Target] = &[
         &[RAW],
         Times(2.0, "ping-quiet"),
     ),
+    target(
+        "ping-pong beside 20 downloads, p99",
+        "ping-20-down",
+        P99,
+        &[RAW],
+        Times(2.0, "ping-quiet"),
+    ),
+    target(
+        "ping-pong beside 20 uploads, p99",
+        "ping-20-up",
+        P99,
+        &[RAW],
+        Times(2.0, "ping-quiet"),
+    ),
+    target(
+        "ping-pong beside 20 stalled uploads, p99",
+        "ping-20-stuck",
+        P99,
+        &[RAW],
+        Times(2.0, "ping-quiet"),
+    ),
 ];
 
 /// Prints the targets that the measured cases have.
