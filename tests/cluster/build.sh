@@ -46,6 +46,16 @@ build_kubernetes() {
   done
 }
 
+build_kubectl() {
+  local package=k8s.io/component-base/version file version
+  for file in go.1.29.mod go.mod; do
+    version=$(awk '$1 == "k8s.io/kubectl" { print $2; exit }' "$file")
+    version=${version#v0.}
+    go_build -modfile "$file" -o "$1/kubectl-1.${version%.*}" -ldflags "-s -w -X $package.gitVersion=v1.$version \
+      -X $package.gitMajor=1 -X $package.gitMinor=${version%.*}" .
+  done
+}
+
 build_etcd() { go_build -ldflags '-s -w' -o "$1/etcd" .; }
 
 build_images() {
