@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use kube_tunnel::drain::Drain;
-use kube_tunnel::k8s::{Carriers, Cluster, Config, PortForward};
+use kube_tunnel::k8s::{Carriers, Cluster, Config, PortForward, SlowReaders};
 use kube_tunnel::privileges::Account;
 use kube_tunnel::proxy::relay;
 use kube_tunnel::registry::PodRef;
@@ -34,16 +34,11 @@ async fn main() -> Result<()> {
         poll_interval: Duration::from_secs(5),
         idle_timeout: Duration::from_mins(10),
         carriers: carriers.parse::<Carriers>()?,
+        slow_readers: SlowReaders::default(),
         account: Account::default(),
     };
     let (cluster, drain) = (Cluster::load(&config).await?, Drain::new());
-    let forward = Arc::new(PortForward::new(
-        &cluster,
-        config.carriers,
-        config.timeout,
-        config.idle_timeout,
-        &drain,
-    ));
+    let forward = Arc::new(PortForward::new(&cluster, &config, &drain));
     let pod = PodRef {
         namespace: namespace.into(),
         name: pod.into(),

@@ -48,13 +48,7 @@ impl App {
 
         let (clients, background) = (Drain::new(), Drain::new());
         let (registry, writer, interests) = registry::channel(config.resolve_timeout);
-        let forward = Arc::new(PortForward::new(
-            &cluster,
-            config.k8s.carriers,
-            config.k8s.timeout,
-            config.k8s.idle_timeout,
-            &background,
-        ));
+        let forward = Arc::new(PortForward::new(&cluster, &config.k8s, &background));
         let discovery = Discovery::new(cluster, &config.k8s, writer, &forward);
         let broken = CancellationToken::new();
         let discovering = discovery.run(interests, background.clone());

@@ -11,7 +11,7 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::k8s;
+use crate::k8s::{self, SlowReaders};
 use crate::name::Naming;
 use crate::privileges::Account;
 use crate::proxy::{self, Bind, Limits, RetryPolicy};
@@ -90,6 +90,10 @@ impl Config {
                 poll_interval: layers.duration(&s::POLL_INTERVAL)?,
                 idle_timeout,
                 carriers: layers.parse(&s::PORT_FORWARD)?,
+                slow_readers: SlowReaders {
+                    bytes: layers.parse(&s::MAX_UNREAD_BYTES)?,
+                    timeout: layers.duration(&s::SLOW_READER_TIMEOUT)?,
+                },
                 account: account.clone(),
             },
             proxy: proxy::Config {
@@ -114,6 +118,10 @@ impl Config {
                     connections_per_pod: layers.parse(&s::MAX_CONNECTIONS_PER_POD)?,
                     header_bytes: layers.parse(&s::MAX_HEADER_BYTES)?,
                     header_fields: layers.parse(&s::MAX_HEADER_FIELDS)?,
+                    response_header_bytes: layers.parse(&s::MAX_RESPONSE_HEADER_BYTES)?,
+                    response_header_fields: layers.parse(&s::MAX_RESPONSE_HEADER_FIELDS)?,
+                    replay_bytes: layers.parse(&s::MAX_REPLAY_BYTES)?,
+                    linger: layers.duration(&s::LINGER_TIMEOUT)?,
                     streams: layers.parse(&s::MAX_STREAMS)?,
                 },
             },

@@ -19,4 +19,4 @@ pub use discovery::Discovery;
 #[cfg(feature = "internals")]
 #[doc(hidden)]
 pub use portforward::bare;
-pub use portforward::{Carriers, PortForward};
+pub use portforward::{Carriers, PortForward, SlowReaders};

@@ -137,7 +137,7 @@ impl Proxy {
                 connect,
                 tls.pods,
                 config.idle_timeout,
-                config.limits.connections_per_pod,
+                config.limits.clone(),
                 config.ready_timeout,
                 pods,
             ),

@@ -232,6 +232,66 @@ pub static MAX_HEADER_FIELDS: Setting = Setting::new(
     "How many header fields a request over HTTP/1.x may have",
     "Two to three times what elaborate clients send. More is answered with 431.",
 );
+/// The size of a response's header fields.
+pub static MAX_RESPONSE_HEADER_BYTES: Setting = Setting::new(
+    "max-response-header-bytes",
+    Kind::Number {
+        min: 8192,
+        max: 1_048_576,
+    },
+    Some("262144"),
+    "How many bytes the header fields of a pod's response may have together",
+    "Four times what a request may have: a pod is trusted more than a client. More is answered with 502.",
+);
+/// The number of a response's header fields.
+pub static MAX_RESPONSE_HEADER_FIELDS: Setting = Setting::new(
+    "max-response-header-fields",
+    Kind::Number { min: 32, max: 4096 },
+    Some("256"),
+    "How many header fields a pod's response over HTTP/1.x may have",
+    "As many as a request. More is answered with 502.",
+);
+/// What is kept of a request's body.
+pub static MAX_REPLAY_BYTES: Setting = Setting::new(
+    "max-replay-bytes",
+    Kind::Number {
+        min: 0,
+        max: 16_777_216,
+    },
+    Some("65536"),
+    "How many bytes of a request's body are kept until its response begins, so that it can be sent to another pod",
+    "Enough for nearly every call of an API; a larger body is sent only once. It bounds memory by request.",
+);
+/// How long a client may go on sending.
+pub static LINGER_TIMEOUT: Setting = Setting::new(
+    "linger-timeout",
+    Kind::Duration,
+    Some("10s"),
+    "How long a client over HTTP/1.x may go on sending a body when its answer is there already",
+    "What it sends is thrown away; closing at once would destroy the answer on its way. Ends sooner after a second of \
+     silence, or 64 MiB.",
+);
+/// How long a slow reader may hold up its neighbours.
+pub static SLOW_READER_TIMEOUT: Setting = Setting::new(
+    "slow-reader-timeout",
+    Kind::Duration,
+    Some("5s"),
+    "How long a client that does not read may hold up connections which share a port-forward with it",
+    "Long enough for a pause of a busy client. Port-forwards have no flow control: somebody must give way, and it is the one \
+     that does not read. One that is alone is never cut.",
+);
+/// What may wait for slow readers.
+pub static MAX_UNREAD_BYTES: Setting = Setting::new(
+    "max-unread-bytes",
+    Kind::Number {
+        min: 1_048_576,
+        max: 1_073_741_824,
+    },
+    Some("16777216"),
+    "How many bytes may wait on one port-forward for clients that do not keep up; a quarter of it for one of them, a \
+     sixteenth for one that is alone",
+    "More lets neighbours of a slow client go on for longer, and costs memory while it lasts.",
+);
 /// Concurrent streams.
 pub static MAX_STREAMS: Setting = Setting::new(
     "max-streams",
@@ -387,6 +447,12 @@ pub static ALL: &[&Setting] = &[
     &MAX_CONNECTIONS_PER_POD,
     &MAX_HEADER_BYTES,
     &MAX_HEADER_FIELDS,
+    &MAX_RESPONSE_HEADER_BYTES,
+    &MAX_RESPONSE_HEADER_FIELDS,
+    &MAX_REPLAY_BYTES,
+    &LINGER_TIMEOUT,
+    &SLOW_READER_TIMEOUT,
+    &MAX_UNREAD_BYTES,
     &MAX_STREAMS,
     &PORT_FORWARD,
     &BACKEND_TLS,

@@ -21,7 +21,7 @@ use tower::{BoxError, ServiceBuilder, ServiceExt};
 
 use crate::k8s::credentials::Authenticated;
 use crate::k8s::error::{self, Kind};
-use crate::k8s::portforward::Carriers;
+use crate::k8s::portforward::{Carriers, SlowReaders};
 use crate::k8s::token_file::TokenFile;
 use crate::privileges::Account;
 
@@ -52,6 +52,8 @@ pub struct Config {
     pub idle_timeout: Duration,
     /// Which forms of port-forward are tried.
     pub carriers: Carriers,
+    /// What is borne of clients that do not read.
+    pub slow_readers: SlowReaders,
     /// Whose `~` it is, and for whom credential plugins run.
     pub account: Account,
 }

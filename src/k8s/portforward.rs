@@ -26,7 +26,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::drain::Drain;
-use crate::k8s::Cluster;
+use crate::k8s::{Cluster, Config};
 use crate::transport::{BoxStream, Connect, ConnectError, Connecting, Target};
 
 use carrier::Carrier;
@@ -35,6 +35,7 @@ use dial::Dialer;
 use memory::Memory;
 use pool::Way;
 pub(in crate::k8s) use pools::Pools;
+pub use spdy::SlowReaders;
 
 /// Opens connections to pods.
 pub struct PortForward {
@@ -52,18 +53,18 @@ impl fmt::Debug for PortForward {
 }
 
 impl PortForward {
-    /// Makes the transport; nothing is opened yet. `timeout` bounds one upgrade, sessions unused for `idle_timeout` are
-    /// closed. Its tasks run under `drain`.
+    /// Makes the transport; nothing is opened yet. The configuration is that of the cluster: its `timeout` bounds one upgrade,
+    /// sessions unused for its `idle_timeout` are closed. Its tasks run under `drain`.
     #[must_use]
-    pub fn new(
-        cluster: &Cluster,
-        carriers: Carriers,
-        timeout: Duration,
-        idle_timeout: Duration,
-        drain: &Drain,
-    ) -> Self {
-        let carriers = Memory::new(carriers);
-        let dialer = Dialer::new(cluster.client.clone(), carriers, timeout, drain.clone());
+    pub fn new(cluster: &Cluster, config: &Config, drain: &Drain) -> Self {
+        let idle_timeout = config.idle_timeout;
+        let dialer = Dialer::new(
+            cluster.client.clone(),
+            Memory::new(config.carriers),
+            config.timeout,
+            config.slow_readers,
+            drain.clone(),
+        );
         let this = Self {
             dialer: Arc::new(dialer),
             pools: Pools::default(),

@@ -75,6 +75,7 @@ pub(super) fn config() -> Config {
         account: crate::privileges::Account::default(),
         idle_timeout: Duration::from_secs(60),
         carriers: crate::k8s::Carriers::Auto,
+        slow_readers: crate::k8s::SlowReaders::default(),
     }
 }
 

@@ -219,7 +219,7 @@ where
 {
     let (clients, timeout) = (context.clients.clone(), context.header_timeout);
     let limits = context.limits.clone();
-    let stream = FrontStream::new(stream, downstream.front.clone());
+    let stream = FrontStream::new(stream, downstream.front.clone(), limits.linger);
     let service = service_fn(move |mut request| {
         let (context, downstream) = (context.clone(), downstream.clone());
         downstream.front.begin(&request);

@@ -103,18 +103,20 @@ pub(super) struct FrontStream<S> {
     ended: bool,
     /// Runs while that is kept from the library.
     hidden: Option<Pin<Box<Sleep>>>,
-    /// The state of the closing, once it has begun.
+    /// How long a client may go on sending when its answer is there, and the state of that closing, once it has begun.
+    patience: Duration,
     linger: Option<Linger>,
 }
 
 impl<S> FrontStream<S> {
-    /// Wraps a stream whose requests know `front`.
-    pub(super) fn new(stream: S, front: Arc<Front>) -> Self {
+    /// Wraps a stream whose requests know `front`. A client may go on sending for as long as `patience` when its answer is there.
+    pub(super) fn new(stream: S, front: Arc<Front>, patience: Duration) -> Self {
         Self {
             stream,
             front,
             ended: false,
             hidden: None,
+            patience,
             linger: None,
         }
     }
@@ -205,7 +207,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for FrontStream<S> {
             }
         }
         this.linger
-            .get_or_insert_default()
+            .get_or_insert_with(|| Linger::new(this.patience))
             .poll(cx, &mut this.stream)
             .map(Ok)
     }
@@ -218,10 +220,12 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
     use tokio::time::Instant;
 
+    const PATIENCE: Duration = Duration::from_secs(10);
+
     fn pair() -> (DuplexStream, FrontStream<DuplexStream>, Arc<Front>) {
         let (client, server) = duplex(1 << 20);
         let front = Arc::new(Front::default());
-        (client, FrontStream::new(server, front.clone()), front)
+        (client, FrontStream::new(server, front.clone(), PATIENCE), front)
     }
 
     fn closing() -> Request<Empty<bytes::Bytes>> {
@@ -291,6 +295,25 @@ mod tests {
         let (closed, ()) = tokio::join!(stream.shutdown(), sending);
         closed.unwrap();
         assert_eq!(before.elapsed().as_secs(), 2, "until the client was done");
+
+        let (mut client, mut stream, _front_of_endless) = pair();
+        client.write_all(b"request and").await.unwrap();
+        stream.read_exact(&mut [0; 11]).await.unwrap();
+        let before = Instant::now();
+        let sending = async {
+            while client.write_all(&[0; 1 << 10]).await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        tokio::select! {
+            closed = stream.shutdown() => closed.unwrap(),
+            () = sending => panic!("cut off while sending"),
+        }
+        assert_eq!(
+            before.elapsed().as_secs(),
+            PATIENCE.as_secs(),
+            "no longer than that"
+        );
 
         let (mut client, mut stream, front_of_idle) = pair();
         client.write_all(b"request").await.unwrap();

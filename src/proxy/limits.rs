@@ -1,4 +1,6 @@
-//! How much the proxy takes on at the same time.
+//! How much the proxy takes on at the same time, and how much of a single thing.
+
+use std::time::Duration;
 
 /// Files beside connections: the listening sockets, the state, the API server.
 const OTHER_FILES: u64 = 64;
@@ -19,6 +21,14 @@ pub struct Limits {
     pub header_bytes: u32,
     /// Header fields of a request.
     pub header_fields: usize,
+    /// Bytes of a pod's response's header fields, all together; 8 KiB at least.
+    pub response_header_bytes: u32,
+    /// Header fields of a pod's response.
+    pub response_header_fields: usize,
+    /// Bytes kept of a request's body, so that it can be sent again.
+    pub replay_bytes: usize,
+    /// How long a client may go on sending when its answer is there.
+    pub linger: Duration,
     /// Requests at the same time on one HTTP/2 connection.
     pub streams: u32,
 }
@@ -46,6 +56,10 @@ mod tests {
             connections_per_pod: 1,
             header_bytes: 1,
             header_fields: 1,
+            response_header_bytes: 1,
+            response_header_fields: 1,
+            replay_bytes: 1,
+            linger: Duration::ZERO,
             streams: 1,
         };
         for (files, connections) in [(20_064, 15_000), (1 << 20, 65_536), (10, 16)] {

@@ -19,9 +19,6 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use crate::proxy::body::{BoxError, ClientBody};
 use crate::traffic::ByteCount;
 
-/// What is kept of one body (contract G5).
-const LIMIT: usize = 64 << 10;
-
 /// How long the connection that failed may take to let go of the body; it only has to be polled once more.
 const RETURN: Duration = Duration::from_secs(1);
 
@@ -40,6 +37,8 @@ struct Shared {
     state: Mutex<State>,
     /// Told when the client's body comes back.
     returned: Notify,
+    /// How many bytes are kept (contract G5).
+    limit: usize,
     /// Whether the client waits to be told to send its body.
     expected: bool,
     /// Cancelled when the response has ended of a request whose body was not asked for.
@@ -81,9 +80,9 @@ impl Shared {
 }
 
 impl Replay {
-    /// Takes the client's body; the bytes of its first reading are added to `count`. `expected`: the client waits to be told
-    /// to send it.
-    pub(crate) fn new(source: ClientBody, expected: bool, count: ByteCount) -> Self {
+    /// Takes the client's body, of which up to `limit` bytes are kept; those of its first reading are added to `count`.
+    /// `expected`: the client waits to be told to send it.
+    pub(crate) fn new(source: ClientBody, limit: usize, expected: bool, count: ByteCount) -> Self {
         let state = State {
             ended: source.is_end_stream(),
             source: Some(source),
@@ -97,6 +96,7 @@ impl Replay {
             shared: Arc::new(Shared {
                 state: Mutex::new(state),
                 returned: Notify::new(),
+                limit,
                 expected,
                 over: CancellationToken::new(),
             }),
@@ -243,7 +243,7 @@ impl RequestBody {
                 if let Some(data) = frame.data_ref() {
                     self.count.add(data.len());
                     state.size += data.len();
-                    if state.size > LIMIT {
+                    if state.size > shared.limit {
                         state.lost = true;
                         state.kept = Vec::new();
                     }

@@ -24,6 +24,7 @@ use tokio_rustls::TlsConnector;
 use tracing::{debug, warn};
 
 use crate::drain::Drain;
+use crate::proxy::Limits;
 use crate::proxy::error::Error;
 use crate::proxy::notice::Notice;
 use crate::proxy::replay::RequestBody;
@@ -33,11 +34,6 @@ use crate::traffic::milliseconds;
 use crate::transport::{BoxStream, Connect, ConnectError, Target, io_cause};
 
 pub(crate) use lease::Lease;
-
-/// How many fields a pod's response may have over HTTP/1.1, and how many bytes they may take over HTTP/2: ample for gRPC's
-/// error details and the cookies of large applications, and bounded.
-const MAX_FIELDS: usize = 256;
-const MAX_HEADER_LIST: u32 = 256 << 10;
 
 /// How long a pod may take for a TLS handshake.
 const TLS_TIMEOUT: Duration = Duration::from_secs(10);
@@ -156,9 +152,8 @@ struct Shared {
     connect: Arc<dyn Connect>,
     /// The client's side of TLS, for either version of HTTP.
     tls: PodTls,
-    /// How many HTTP/1.1 connections a port of a pod may have.
-    connections_per_pod: usize,
-    /// How long a request waits for one of these.
+    limits: Limits,
+    /// How long a request waits for one of the HTTP/1.1 connections that a port of a pod may have.
     patience: Duration,
     /// For the warning that one has them all.
     full: Notice,
@@ -278,14 +273,14 @@ impl fmt::Debug for Upstream {
 }
 
 impl Upstream {
-    /// Makes empty pools over `connect`; connections unused for `idle_timeout` are closed, and a port of a pod has
-    /// `connections_per_pod` of HTTP/1.1 at most, for which a request waits no longer than `patience`. Its tasks run under `drain`.
+    /// Makes empty pools over `connect`; connections unused for `idle_timeout` are closed. Where a port of a pod has as many of
+    /// HTTP/1.1 as `limits` allow, a request waits no longer than `patience`. Its tasks run under `drain`.
     #[must_use]
     pub(crate) fn new(
         connect: Arc<dyn Connect>,
         tls: PodTls,
         idle_timeout: Duration,
-        connections_per_pod: usize,
+        limits: Limits,
         patience: Duration,
         drain: &Drain,
     ) -> Self {
@@ -293,7 +288,7 @@ impl Upstream {
             shared: Arc::new(Shared {
                 connect,
                 tls,
-                connections_per_pod,
+                limits,
                 patience,
                 full: Notice::default(),
                 drain: drain.clone(),
@@ -403,7 +398,7 @@ impl Upstream {
         }
         let pool = match peer.wire {
             Wire::Http1 | Wire::Http1Tls => {
-                let places = self.shared.connections_per_pod;
+                let places = self.shared.limits.connections_per_pod;
                 Pool::Http1(Arc::new(http1::Pool::new(peer.clone(), places)))
             }
             Wire::H2c | Wire::H2 => Pool::Http2(Arc::new(http2::Pool::new(peer.clone()))),

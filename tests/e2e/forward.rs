@@ -4,7 +4,7 @@
 use std::io::ErrorKind;
 
 use kube_tunnel::drain::Drain;
-use kube_tunnel::k8s::{Carriers, Cluster, Config, PortForward};
+use kube_tunnel::k8s::{Carriers, Cluster, Config, PortForward, SlowReaders};
 use kube_tunnel::privileges::Account;
 use kube_tunnel::registry::PodRef;
 use kube_tunnel::transport::{BoxStream, Connect, Target};
@@ -37,6 +37,7 @@ fn config(carriers: Carriers) -> Config {
         poll_interval: LIMIT,
         idle_timeout: Duration::from_mins(10),
         carriers,
+        slow_readers: SlowReaders::default(),
         account: Account::default(),
     }
 }
@@ -63,7 +64,7 @@ impl Forward {
         let cluster = Cluster::load(&config).await.unwrap();
         let drain = Drain::new();
         Self {
-            forward: PortForward::new(&cluster, carriers, config.timeout, config.idle_timeout, &drain),
+            forward: PortForward::new(&cluster, &config, &drain),
             pod: pod(namespace).await,
         }
     }

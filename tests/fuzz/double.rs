@@ -178,6 +178,10 @@ fn proxy(pod: Pod, clients: Drain, background: &Drain, cluster: &Drain) -> Proxy
             connections_per_pod: 1000,
             header_bytes: 64 << 10,
             header_fields: 256,
+            response_header_bytes: 256 << 10,
+            response_header_fields: 256,
+            replay_bytes: 64 << 10,
+            linger: Duration::from_secs(10),
             streams: 1000,
         },
     };

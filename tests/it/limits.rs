@@ -1,15 +1,17 @@
 //! What happens at the limits (contract C4, C5; docs/limits.md).
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use http::StatusCode;
+use http::{Request, StatusCode};
+use http_body_util::Full;
 use kube_tunnel::config::setting;
 use kube_tunnel::testing::FakeCluster;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::app::{PATIENCE, TestApp, eventually, web};
-use crate::backends::raw;
+use crate::backends::{behind, raw, scripted};
 use crate::client::{Client, Reply, fetch, get};
 use crate::interim::until;
 use crate::upgrade::frame;
@@ -153,6 +155,53 @@ async fn large_heads_are_refused_at_the_settings_limits() {
         let request = format!("GET / HTTP/1.1\r\nHost: web.shop\r\nConnection: close\r\n{many}\r\n");
         let answer = raw(app.address, &request).await;
         assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn large_heads_of_responses_are_refused_at_the_settings_limits() {
+    let flags = [
+        (&setting::MAX_RESPONSE_HEADER_BYTES, "16384"),
+        (&setting::MAX_RESPONSE_HEADER_FIELDS, "32"),
+        (&setting::MAX_RETRIES, "1"),
+    ];
+    for (fields, bytes, status) in [
+        (20, 8000, StatusCode::OK),
+        (20, 20_000, StatusCode::BAD_GATEWAY),
+        (40, 0, StatusCode::BAD_GATEWAY),
+    ] {
+        let many: String = (0..fields).map(|n| format!("X-{n}: 1\r\n")).collect();
+        let large = "x".repeat(bytes);
+        let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n{many}X-Large: {large}\r\n\r\n");
+        let cluster = FakeCluster::start().await.unwrap();
+        let (address, _) = scripted(answer.leak().as_bytes()).await;
+        let _workload = behind(&cluster, address);
+        let app = TestApp::with(&cluster.kubeconfig(), &flags).await;
+        let reply = fetch(app.address, "web.shop", "/").await;
+        assert_eq!(
+            reply.status,
+            status,
+            "{fields} fields, {bytes} bytes: {}",
+            reply.text()
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_body_is_sent_again_only_if_all_of_it_was_kept() {
+    for (kept, times) in [("10", 2), ("9", 1)] {
+        let cluster = FakeCluster::start().await.unwrap();
+        // Every connection ends without an answer.
+        let (address, seen) = scripted(b"").await;
+        let _workload = behind(&cluster, address);
+        let flags = [(&setting::MAX_REPLAY_BYTES, kept), (&setting::MAX_RETRIES, "1")];
+        let app = TestApp::with(&cluster.kubeconfig(), &flags).await;
+        let mut client = Client::http1(app.address).await;
+        let request = Request::put("/").header("host", "web.shop");
+        let request = request.body(Full::from("0123456789")).unwrap();
+        let reply = Reply::read(client.send(request).await).await;
+        assert_eq!(reply.status, StatusCode::BAD_GATEWAY, "{}", reply.text());
+        assert_eq!(seen.load(Ordering::SeqCst), times, "{kept} bytes kept");
     }
 }
 

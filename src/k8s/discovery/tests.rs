@@ -14,8 +14,8 @@ fn name(name: &str) -> ServiceName {
 async fn discovery(limit: usize, script: fn(&str) -> (String, Then)) -> Registry {
     let config = scripted::config();
     let cluster = scripted::cluster(config.clone(), script).await;
-    let (drain, long) = (Drain::new(), Duration::from_mins(1));
-    let forward = PortForward::new(&cluster, config.carriers, long, long, &drain);
+    let drain = Drain::new();
+    let forward = PortForward::new(&cluster, &config, &drain);
     let (registry, writer, interests) = registry::channel(Duration::from_secs(20));
     let discovery = Discovery {
         limit,

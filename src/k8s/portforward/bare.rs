@@ -10,8 +10,8 @@ use crate::drain::Drain;
 use crate::k8s::Cluster;
 use crate::k8s::portforward::carrier::{self, Carrier};
 use crate::k8s::portforward::spdy;
-use crate::k8s::portforward::spdy::Phase;
 pub use crate::k8s::portforward::spdy::bare::{Codec, Machine};
+use crate::k8s::portforward::spdy::{Phase, SlowReaders};
 use crate::k8s::portforward::tunnel::Tunnel;
 use crate::registry::PodRef;
 use crate::transport::{BoxStream, ConnectError};
@@ -31,7 +31,12 @@ impl Session {
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        Self(spdy::Session::start(io, std::sync::Arc::default(), drain))
+        Self(spdy::Session::start(
+            io,
+            std::sync::Arc::default(),
+            SlowReaders::default(),
+            drain,
+        ))
     }
 
     /// Opens a connection to a port.

@@ -13,7 +13,7 @@ use crate::k8s::portforward::carrier::{self, Carrier, Refusal, Verdict};
 use crate::k8s::portforward::gate::Gate;
 use crate::k8s::portforward::memory::Memory;
 use crate::k8s::portforward::ports::Ports;
-use crate::k8s::portforward::spdy::{Phase, Session};
+use crate::k8s::portforward::spdy::{Phase, Session, SlowReaders};
 use crate::k8s::portforward::{channel, tunnel};
 use crate::registry::PodRef;
 use crate::transport::{BoxStream, ConnectError, Target};
@@ -28,6 +28,7 @@ pub(super) struct Dialer {
     pub(super) carriers: Memory,
     gate: Gate,
     timeout: Duration,
+    slow_readers: SlowReaders,
     drain: Drain,
 }
 
@@ -59,12 +60,19 @@ pub(super) struct Single {
 
 impl Dialer {
     /// Makes one; `timeout` bounds one upgrade. Sessions run under `drain`.
-    pub(super) fn new(client: Client, carriers: Memory, timeout: Duration, drain: Drain) -> Self {
+    pub(super) fn new(
+        client: Client,
+        carriers: Memory,
+        timeout: Duration,
+        slow_readers: SlowReaders,
+        drain: Drain,
+    ) -> Self {
         Self {
             client,
             carriers,
             gate: Gate::new(),
             timeout,
+            slow_readers,
             drain,
         }
     }
@@ -118,9 +126,10 @@ impl Dialer {
     async fn dial_as(&self, carrier: Carrier, pod: &PodRef, ports: &Arc<Ports>) -> Result<Session, Refusal> {
         let upgrading = carrier::upgrade(&self.client, carrier, pod, self.timeout);
         let io = self.gate.pass(upgrading).await?;
+        let (ports, slow_readers) = (ports.clone(), self.slow_readers);
         let session = match carrier {
-            Carrier::Tunnel => Session::start(tunnel::Tunnel::new(io), ports.clone(), &self.drain),
-            _ => Session::start(io, ports.clone(), &self.drain),
+            Carrier::Tunnel => Session::start(tunnel::Tunnel::new(io), ports, slow_readers, &self.drain),
+            _ => Session::start(io, ports, slow_readers, &self.drain),
         };
         if self.carriers.works(carrier) {
             return Ok(session);

@@ -26,6 +26,7 @@ use tokio::time::Instant;
 use crate::drain::Drain;
 use crate::k8s::portforward::ports::Ports;
 use driver::Driver;
+pub use state::SlowReaders;
 use state::State;
 pub(super) use state::{Load, SILENT};
 pub(super) use stream::PodStream;
@@ -55,12 +56,12 @@ struct Shared {
 impl Session {
     /// Starts a session on a connection that was just upgraded. It asks for a first sign of life at once. `ports` is what is
     /// known of the pod's ports, shared by the pod's sessions.
-    pub(super) fn start<S>(io: S, ports: Arc<Ports>, drain: &Drain) -> Self
+    pub(super) fn start<S>(io: S, ports: Arc<Ports>, slow_readers: SlowReaders, drain: &Drain) -> Self
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         let now = Instant::now();
-        let mut state = State::new(ports, now);
+        let mut state = State::new(ports, slow_readers, now);
         state.greet(now);
         let shared = Arc::new(Shared {
             state: Mutex::new(state),

@@ -9,8 +9,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep};
 
-/// How long a client may go on sending, and how long it may pause in it: it has the answer by then.
-const LONGEST: Duration = Duration::from_secs(10);
+/// How long a client may pause in its sending: it has the answer by then.
 const SILENCE: Duration = Duration::from_secs(1);
 
 /// How much of a client's sending is thrown away at most.
@@ -27,17 +26,16 @@ pub(super) struct Linger {
     left: usize,
 }
 
-impl Default for Linger {
-    fn default() -> Self {
+impl Linger {
+    /// Begins one; the client may go on sending for `longest`.
+    pub(super) fn new(longest: Duration) -> Self {
         Self {
-            until: Instant::now() + LONGEST,
+            until: Instant::now() + longest,
             silence: Box::pin(sleep(SILENCE)),
             left: MOST,
         }
     }
-}
 
-impl Linger {
     /// Reads until the client has ended, in whatever way, or a bound is reached.
     pub(super) fn poll<S: AsyncRead + Unpin>(&mut self, cx: &mut Context<'_>, stream: &mut S) -> Poll<()> {
         loop {

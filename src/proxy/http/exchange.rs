@@ -58,7 +58,7 @@ pub(super) async fn exchange(
 ) -> Result<Answered, Error> {
     let grpc = reply::is_grpc(request.headers());
     let extended = upgrade.is_some_and(Upgrade::is_extended);
-    let mut pending = Pending::new(request, extended, front, record);
+    let mut pending = Pending::new(request, extended, front, context.limits.replay_bytes, record);
     if context.forwarded_headers {
         headers::add_forwarded(
             &mut pending.head,
@@ -307,8 +307,15 @@ struct Pending {
 
 impl Pending {
     /// `extended`: by extended CONNECT, where what follows the head is no body, but the bytes of another protocol. An Upgrade
-    /// of HTTP/1.1 may have a body, which comes before the other protocol (RFC 9110 section 7.8).
-    fn new(request: Request<ClientBody>, extended: bool, front: &Arc<Front>, record: &AccessRecord) -> Self {
+    /// of HTTP/1.1 may have a body, which comes before the other protocol (RFC 9110 section 7.8). Up to `replayed` bytes of a
+    /// body are kept.
+    fn new(
+        request: Request<ClientBody>,
+        extended: bool,
+        front: &Arc<Front>,
+        replayed: usize,
+        record: &AccessRecord,
+    ) -> Self {
         let (mut head, body) = request.into_parts();
         headers::strip_hop_by_hop(&mut head.headers);
         let body = Some(body).filter(|body| !extended && !body.is_end_stream());
@@ -316,7 +323,7 @@ impl Pending {
         let front = (head.version == Version::HTTP_11).then(|| front.clone());
         Self {
             head,
-            body: body.map(|body| Replay::new(body, expected, record.received.clone())),
+            body: body.map(|body| Replay::new(body, replayed, expected, record.received.clone())),
             front,
         }
     }

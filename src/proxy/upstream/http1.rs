@@ -18,7 +18,7 @@ use tracing::{debug, warn};
 use crate::proxy::error::Error;
 use crate::proxy::replay::RequestBody;
 use crate::proxy::upstream::cause::{Cause, Noted};
-use crate::proxy::upstream::{Fresh, MAX_FIELDS, Peer, Shared, lock};
+use crate::proxy::upstream::{Fresh, Peer, Shared, lock};
 use crate::registry::Load;
 use crate::transport::ConnectError;
 
@@ -117,7 +117,7 @@ impl Pool {
         if shared.full.due().is_some() {
             warn!(
                 endpoint = %self.peer.target,
-                limit = shared.connections_per_pod,
+                limit = shared.limits.connections_per_pod,
                 "every connection to a pod is in use, further requests wait; --max-connections-per-pod allows more"
             );
         }
@@ -128,7 +128,7 @@ impl Pool {
                 &self.peer,
                 format!(
                     "its {} connections have all been in use for {:?}; --max-connections-per-pod allows more",
-                    shared.connections_per_pod, shared.patience
+                    shared.limits.connections_per_pod, shared.patience
                 ),
             )),
         }
@@ -139,7 +139,8 @@ impl Pool {
         let cause = Cause::default();
         let (sender, connection) = http1::Builder::new()
             .preserve_header_case(true)
-            .max_headers(MAX_FIELDS)
+            .max_headers(shared.limits.response_header_fields)
+            .max_buf_size(shared.limits.response_header_bytes as usize)
             .handshake(TokioIo::new(Noted::new(stream, cause.clone())))
             .await
             .map_err(|error| unavailable(&self.peer, error.to_string()))?;

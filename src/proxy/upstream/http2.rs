@@ -17,7 +17,7 @@ use crate::proxy::error::Error;
 use crate::proxy::replay::RequestBody;
 use crate::proxy::upstream::cause::{Cause, Noted};
 use crate::proxy::upstream::http1::{shutting_down, unavailable};
-use crate::proxy::upstream::{Fresh, MAX_HEADER_LIST, Peer, Shared, lock};
+use crate::proxy::upstream::{Fresh, Peer, Shared, lock};
 use crate::registry::Load;
 
 /// Large enough for a bulk stream at the delays of a remote cluster: 2 MiB in flight are 20 MB/s at 100 ms.
@@ -142,7 +142,7 @@ impl Pool {
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
-            .max_header_list_size(MAX_HEADER_LIST)
+            .max_header_list_size(shared.limits.response_header_bytes)
             .handshake(TokioIo::new(Noted::new(stream, cause.clone())))
             .await
             .map_err(|error| unavailable(&self.peer, error.to_string()))?;

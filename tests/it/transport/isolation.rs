@@ -8,7 +8,7 @@ use http::{Request, StatusCode};
 use http_body_util::{BodyExt, Full};
 use kube_tunnel::config::setting;
 use kube_tunnel::drain::Drain;
-use kube_tunnel::k8s::{Carriers, Cluster, Config, PortForward};
+use kube_tunnel::k8s::{Carriers, Cluster, Config, PortForward, SlowReaders};
 use kube_tunnel::privileges::Account;
 use kube_tunnel::registry::PodRef;
 use kube_tunnel::testing::{Carrier, ContainerRuntime, FakeCluster, ForwardFault, STALLED_SOCKET, Workload};
@@ -84,10 +84,11 @@ async fn readers_that_stall_do_not_touch_what_was_opened_at_the_same_moment() {
         poll_interval: PATIENCE,
         idle_timeout: PATIENCE,
         carriers: Carriers::default(),
+        slow_readers: SlowReaders::default(),
         account: Account::default(),
     };
     let (kubernetes, drain) = (Cluster::load(&config).await.unwrap(), Drain::new());
-    let forward = PortForward::new(&kubernetes, config.carriers, PATIENCE, PATIENCE, &drain);
+    let forward = PortForward::new(&kubernetes, &config, &drain);
     let target = Target {
         pod: PodRef {
             namespace: "shop".into(),

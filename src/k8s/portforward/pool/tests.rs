@@ -10,8 +10,8 @@ use http_body_util::Empty;
 use kube::client::{Body, Client};
 
 use crate::drain::Drained;
-use crate::k8s::portforward::Carriers;
 use crate::k8s::portforward::memory::Memory;
+use crate::k8s::portforward::{Carriers, SlowReaders};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -20,7 +20,13 @@ fn pool(drain: &Drain) -> Arc<Pool> {
     let silent =
         tower::service_fn(|_: Request<Body>| pending::<Result<Response<Empty<Bytes>>, Infallible>>());
     let client = Client::new(silent, "default");
-    let dialer = Dialer::new(client, Memory::new(Carriers::Auto), LONG, drain.clone());
+    let dialer = Dialer::new(
+        client,
+        Memory::new(Carriers::Auto),
+        LONG,
+        SlowReaders::default(),
+        drain.clone(),
+    );
     let pod = PodRef {
         namespace: "default".into(),
         name: "web-1".into(),

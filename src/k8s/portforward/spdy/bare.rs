@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use crate::k8s::portforward::spdy::chunks::Chunk;
 use crate::k8s::portforward::spdy::frame::{self, Decoder, Encoder};
-use crate::k8s::portforward::spdy::state::{State, Turn};
+use crate::k8s::portforward::spdy::state::{SlowReaders, State, Turn};
 
 /// The state of one session, driven by hand in a time of its own.
 pub struct Machine {
@@ -38,7 +38,7 @@ impl Machine {
     #[must_use]
     pub fn new() -> Self {
         let now = Instant::now();
-        let mut state = State::new(Arc::default(), now);
+        let mut state = State::new(Arc::default(), SlowReaders::default(), now);
         state.greet(now);
         Self {
             state,

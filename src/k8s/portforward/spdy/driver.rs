@@ -237,7 +237,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
     use crate::drain::Drain;
-    use crate::k8s::portforward::spdy::{Phase, Session};
+    use crate::k8s::portforward::spdy::{Phase, Session, SlowReaders};
 
     /// What the connection holds.
     const PIPE: usize = 4 << 10;
@@ -277,7 +277,7 @@ mod tests {
     async fn what_the_server_said_before_it_closed_is_read_though_it_takes_no_more() {
         let (ours, mut theirs) = duplex(PIPE);
         let drain = Drain::new();
-        let session = Session::start(ours, std::sync::Arc::default(), &drain);
+        let session = Session::start(ours, std::sync::Arc::default(), SlowReaders::default(), &drain);
         let mut stream = session.connect(80, true);
         stream.write_all(b"request").await.unwrap();
         // The first signs of life that are asked for, and the opening with its payload.
@@ -306,7 +306,7 @@ mod tests {
         let drain = Drain::new();
         let slow = Duration::from_secs(30);
         drain.spawn(peer(theirs, slow));
-        let session = Session::start(ours, std::sync::Arc::default(), &drain);
+        let session = Session::start(ours, std::sync::Arc::default(), SlowReaders::default(), &drain);
         let begun = tokio::time::Instant::now();
         let mut stream = session.connect(80, true);
         stream.write_all(&vec![0; 4 << 20]).await.unwrap_err();

@@ -26,6 +26,7 @@ use crate::k8s::portforward::spdy::chunks::{Chunk, Spare};
 use crate::k8s::portforward::spdy::entry::{Entry, Half, Ours, Outcome};
 use crate::k8s::portforward::spdy::frame::{Decoder, Encoder};
 use crate::k8s::portforward::spdy::workers::{WORKERS, Workers};
+pub use hold::SlowReaders;
 use hold::{Held, Pause};
 
 /// A connection that moves this much within [`BULK_SPAN`] is bulk, and keeps newcomers off its session for as long.
@@ -93,6 +94,7 @@ pub(super) struct State {
     woken: Wakers,
     /// What the pod's ports were seen to do.
     ports: Arc<Ports>,
+    slow_readers: SlowReaders,
     decoder: Decoder,
     encoder: Encoder,
     workers: Workers,
@@ -169,8 +171,9 @@ pub(super) struct State {
 }
 
 impl State {
-    pub(super) fn new(ports: Arc<Ports>, now: Instant) -> Self {
+    pub(super) fn new(ports: Arc<Ports>, slow_readers: SlowReaders, now: Instant) -> Self {
         Self {
+            slow_readers,
             driver: None,
             woken: Wakers::new(),
             ports,

@@ -9,8 +9,8 @@ use tokio::time::Instant;
 use crate::k8s::portforward::spdy::entry::Ours;
 use crate::k8s::portforward::spdy::state::State;
 
-/// How long neighbours are held up, by a reader that is slow or by an application that does not read.
-pub(super) const HELD_UP: Duration = Duration::from_secs(5);
+/// How long payload waits behind an application that does not read.
+const HELD_UP: Duration = Duration::from_secs(5);
 
 /// How long payload may wait before its worker is asked whether it was handed over.
 const UNHANDED: Duration = Duration::from_secs(1);

@@ -8,19 +8,43 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::k8s::portforward::spdy::entry::{Entry, Ours};
-use crate::k8s::portforward::spdy::state::clock::HELD_UP;
 use crate::k8s::portforward::spdy::state::{LARGE, State};
 
-/// What may wait for a slow reader that is alone on its session, before the session is read no further: TCP then slows the
-/// pod down. With neighbours, more may wait for the moment in which they finish, since all stop together.
-pub(super) const ALONE: usize = 1 << 20;
-pub(super) const SHARED: usize = 4 << 20;
+/// What is borne of readers that do not keep up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SlowReaders {
+    /// What may wait for all readers of a session before it is read no further: TCP then slows the pod down.
+    pub bytes: usize,
+    /// How long they may hold up neighbours that wait for an answer.
+    pub timeout: Duration,
+}
 
-/// What may wait for all readers of a session.
-pub(super) const SESSION: usize = 16 << 20;
+impl Default for SlowReaders {
+    fn default() -> Self {
+        Self {
+            bytes: 16 << 20,
+            timeout: Duration::from_secs(5),
+        }
+    }
+}
 
-/// How long neighbours are held up if none is known to wait for anything: the pod may still want to tell them something.
-const HELD_UP_UNKNOWN: Duration = Duration::from_secs(30);
+impl SlowReaders {
+    /// Returns what may wait for one reader that is alone on its session.
+    pub(super) fn alone(self) -> usize {
+        self.bytes / 16
+    }
+
+    /// Returns what may wait for one that has neighbours: more, for the moment in which these finish, since all stop together.
+    fn shared(self) -> usize {
+        self.bytes / 4
+    }
+
+    /// Returns how long neighbours are held up if none is known to wait for anything: the pod may still want to tell them
+    /// something.
+    fn longest(self) -> Duration {
+        self.timeout * 6
+    }
+}
 
 /// Why the session is not read.
 #[derive(Debug, Clone, Copy)]
@@ -62,7 +86,7 @@ impl State {
         if kept < LARGE {
             self.held = Held::default();
         }
-        if self.pause.is_none() && (kept >= most || self.backlog >= SESSION) {
+        if self.pause.is_none() && (kept >= most || self.backlog >= self.slow_readers.bytes) {
             let slowest = self.slowest().unwrap_or(key);
             self.pause = Some(Pause {
                 slowest,
@@ -80,7 +104,7 @@ impl State {
             .connections
             .get(pause.slowest)
             .map_or(0, |entry| entry.received.len());
-        if left < self.most() / 2 && self.backlog < SESSION / 2 {
+        if left < self.most() / 2 && self.backlog < self.slow_readers.bytes / 2 {
             self.resume(now);
         }
     }
@@ -96,10 +120,11 @@ impl State {
     /// Gives readers up once they have held up others for too long: all that have stopped, else the slowest.
     pub(super) fn tick_pause(&mut self, now: Instant) {
         self.count(now);
-        if self.pause.is_none() || self.held.total < HELD_UP {
+        let SlowReaders { timeout, .. } = self.slow_readers;
+        if self.pause.is_none() || self.held.total < timeout {
             return;
         }
-        let patient = self.held.awaited < HELD_UP && self.held.total < HELD_UP_UNKNOWN;
+        let patient = self.held.awaited < timeout && self.held.total < self.slow_readers.longest();
         let mut given_up = self.stopped(now);
         if given_up.is_empty() && !patient {
             given_up.extend(self.slowest());
@@ -147,7 +172,11 @@ impl State {
 
     /// Returns what may wait for one reader.
     fn most(&self) -> usize {
-        if self.live() > 1 { SHARED } else { ALONE }
+        if self.live() > 1 {
+            self.slow_readers.shared()
+        } else {
+            self.slow_readers.alone()
+        }
     }
 
     /// Finds the connection for whose reader most is left.
@@ -160,7 +189,7 @@ impl State {
     /// Finds the connections whose readers leave much and have taken nothing for long.
     fn stopped(&self, now: Instant) -> Vec<usize> {
         let stopped = |entry: &Entry| {
-            let idle = |at| now.duration_since(at) >= HELD_UP;
+            let idle = |at| now.duration_since(at) >= self.slow_readers.timeout;
             is_used(entry) && entry.received.len() >= LARGE && entry.read_at.is_some_and(idle)
         };
         let keys = self.connections.iter().filter(|(_, entry)| stopped(entry));

@@ -30,8 +30,13 @@ struct Scene {
 impl Scene {
     /// A session that has had its first answer.
     fn new() -> Self {
+        Self::with(SlowReaders::default())
+    }
+
+    /// The same with other patience for slow readers.
+    fn with(slow_readers: SlowReaders) -> Self {
         let (ports, now) = (Arc::new(Ports::default()), Instant::now());
-        let mut state = State::new(ports.clone(), now);
+        let mut state = State::new(ports.clone(), slow_readers, now);
         state.greet(now);
         let mut scene = Self { state, ports, now };
         scene.answer_pings();

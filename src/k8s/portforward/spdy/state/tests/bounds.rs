@@ -47,6 +47,30 @@ fn a_reader_that_goes_on_slowly_gives_way_to_a_neighbour_that_waits() {
 }
 
 #[test]
+fn how_much_and_how_long_slow_readers_are_borne_is_a_setting() {
+    let mut scene = Scene::with(SlowReaders {
+        bytes: 64 << 20,
+        timeout: Duration::from_secs(2),
+    });
+    let (slow, other) = (scene.open(80), scene.open(80));
+    for key in [slow, other] {
+        scene.read(key);
+        scene.written();
+        scene.reply(key);
+    }
+    scene.write(other, 10);
+    let mut kept = 0;
+    while scene.state.is_reading() {
+        scene.data(slow, 64 << 10);
+        kept += 64 << 10;
+    }
+    assert_eq!(kept, 16 << 20, "a quarter for one");
+    scene.pass(Duration::from_millis(2200));
+    assert_eq!(kind(scene.read(slow)), io::ErrorKind::ConnectionAborted);
+    assert!(scene.state.is_reading());
+}
+
+#[test]
 fn a_reader_that_goes_on_slowly_is_let_be_while_its_neighbours_get_their_answers() {
     let (mut scene, keys) = shared(2);
     let (slow, other) = (keys[0], keys[1]);

@@ -52,7 +52,7 @@ fn a_reader_that_catches_up_during_a_turn_has_the_session_read_again() {
     let key = scene.open(80);
     scene.read(key);
     scene.written();
-    scene.data(key, hold::ALONE);
+    scene.data(key, SlowReaders::default().alone());
     scene.state.begin_turn();
     assert!(!scene.state.is_reading());
     while scene.read(key).is_some() {}
