@@ -1,15 +1,13 @@
 //! The kubeconfig as kubectl reads it (contract B4).
 
 use std::fs;
-use std::net::SocketAddr;
 use std::process::Stdio;
 use std::time::Duration;
 
 use http::StatusCode;
 use kube_tunnel::testing::{FakeCluster, Identity, Workload};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
 
 use crate::app::{TestApp, web};
 use crate::client::fetch;
@@ -19,9 +17,9 @@ use crate::transport::submit;
 /// How often refused credentials are renewed.
 const RENEWAL: Duration = Duration::from_secs(10);
 
-const WEB: &str = "web.shop.svc.cluster.local";
+pub(crate) const WEB: &str = "web.shop.svc.cluster.local";
 
-async fn cluster() -> (FakeCluster, Workload) {
+pub(crate) async fn cluster() -> (FakeCluster, Workload) {
     let cluster = FakeCluster::start().await.unwrap();
     let workload = web(&cluster, 1);
     (cluster, workload)
@@ -200,56 +198,6 @@ async fn a_plugin_whose_credentials_are_refused_is_not_asked_for_each_request() 
         );
     }
     assert_eq!(times(), before + 1);
-}
-
-#[tokio::test]
-async fn the_clusters_own_proxy_is_used_for_lookups_and_port_forwards() {
-    let (cluster, _workload) = cluster().await;
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let proxy = listener.local_addr().unwrap();
-    let (seen, mut tunnels) = mpsc::unbounded_channel();
-    tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
-            tokio::spawn(connect_proxy(stream, seen.clone()));
-        }
-    });
-    let server = format!("server: {}", cluster.url());
-    let pad = cluster
-        .kubeconfig()
-        .lines()
-        .find_map(|line| line.find("server:"))
-        .unwrap();
-    let own = format!(
-        "{server}\n{}proxy-url: http://user:p%40ss@{proxy}",
-        " ".repeat(pad)
-    );
-    let app = TestApp::with(&cluster.kubeconfig().replace(&server, &own), &[]).await;
-    assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
-    let head = tunnels.recv().await.unwrap();
-    assert!(
-        head.starts_with(&format!("CONNECT {} ", cluster.address())),
-        "{head}"
-    );
-    assert!(
-        head.contains("dXNlcjpwQHNz"),
-        "the password of the URL is sent, decoded: {head}"
-    );
-}
-
-/// Serves one CONNECT of an HTTP proxy.
-async fn connect_proxy(stream: TcpStream, seen: mpsc::UnboundedSender<String>) {
-    let mut stream = BufReader::new(stream);
-    let mut head = String::new();
-    while !head.ends_with("\r\n\r\n") {
-        if stream.read_line(&mut head).await.unwrap_or(0) == 0 {
-            return;
-        }
-    }
-    let target: SocketAddr = head.split(' ').nth(1).unwrap().parse().unwrap();
-    let _ = seen.send(head);
-    let mut server = TcpStream::connect(target).await.unwrap();
-    stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
-    let _ = tokio::io::copy_bidirectional(&mut stream, &mut server).await;
 }
 
 #[tokio::test]

@@ -25,6 +25,7 @@ mod log;
 mod lookup;
 mod own;
 mod program;
+mod proxies;
 #[cfg(target_os = "linux")]
 mod sudo;
 mod tls;
