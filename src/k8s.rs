@@ -10,6 +10,7 @@ mod error;
 mod follow;
 mod outage;
 mod portforward;
+mod proxy;
 #[cfg(test)]
 mod scripted;
 mod token_file;

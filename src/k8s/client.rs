@@ -8,10 +8,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use http::{HeaderValue, Uri};
+use http::Uri;
 use hyper_util::client::legacy::Client as HttpClient;
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::client::legacy::connect::proxy::{SocksV5, Tunnel};
 use hyper_util::rt::TokioExecutor;
 use kube::client::{ClientBuilder, ConfigExt};
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
@@ -22,6 +21,7 @@ use tower::{BoxError, ServiceBuilder, ServiceExt};
 use crate::k8s::credentials::Authenticated;
 use crate::k8s::error::{self, Kind};
 use crate::k8s::portforward::{Carriers, SlowReaders};
+use crate::k8s::proxy::{self, Kind as ProxyKind, Proxy};
 use crate::k8s::token_file::TokenFile;
 use crate::privileges::Account;
 
@@ -110,13 +110,13 @@ impl Cluster {
     /// # Errors
     /// [`ConnectionError::NoConfig`], [`ConnectionError::BadConfig`], or `Unauthorized` when a credential plugin fails.
     pub async fn load(config: &Config) -> Result<Self, ConnectionError> {
-        let mut kube = load(config).await?;
+        let (mut kube, proxy) = load(config).await?;
         let token_file = take_token_file(&mut kube)?;
         tell_plugin(&mut kube, &config.account);
         let url = kube.cluster_url.to_string();
         let (timeout, shown) = (config.timeout, url.clone());
         // Credential plugins are run by kube while it builds the layers, and block their thread.
-        let client = tokio::task::spawn_blocking(move || build(&kube, token_file, timeout))
+        let client = tokio::task::spawn_blocking(move || build(&kube, proxy, token_file, timeout))
             .await
             .expect("building a client does not panic")
             .map_err(|error| match error::kind(&error) {
@@ -155,23 +155,43 @@ impl Cluster {
     }
 }
 
-async fn load(config: &Config) -> Result<KubeConfig, ConnectionError> {
+/// Reads the configuration, and which proxy is on the way.
+async fn load(config: &Config) -> Result<(KubeConfig, Option<Proxy>), ConnectionError> {
     let bad = |error: KubeconfigError| ConnectionError::BadConfig(error::one_line(&error.to_string()));
-    let Some(merged) = read(config)? else {
-        return KubeConfig::incluster().map_err(|_| {
-            let default = default_path(&config.account)
-                .map_or_else(|| "~/.kube/config".into(), |path| path.display().to_string());
-            ConnectionError::NoConfig(default)
-        });
+    let (kube, own) = match read(config)? {
+        Some(mut merged) => {
+            let options = KubeConfigOptions {
+                context: config.context.clone(),
+                cluster: None,
+                user: None,
+            };
+            let own = take_proxy_url(&mut merged, config.context.as_deref());
+            let kube = KubeConfig::from_custom_kubeconfig(merged, &options).await;
+            (kube.map_err(bad)?, own)
+        }
+        None => (incluster(&config.account)?, None),
     };
-    let options = KubeConfigOptions {
-        context: config.context.clone(),
-        cluster: None,
-        user: None,
-    };
-    KubeConfig::from_custom_kubeconfig(merged, &options)
-        .await
-        .map_err(bad)
+    let variable = |name: &str| std::env::var(name).ok();
+    let proxy = proxy::choose(&kube.cluster_url, own.as_deref(), variable)
+        .map_err(|error| ConnectionError::BadConfig(error.to_string()))?;
+    Ok((kube, proxy))
+}
+
+fn incluster(account: &Account) -> Result<KubeConfig, ConnectionError> {
+    KubeConfig::incluster().map_err(|_| {
+        let default =
+            default_path(account).map_or_else(|| "~/.kube/config".into(), |path| path.display().to_string());
+        ConnectionError::NoConfig(default)
+    })
+}
+
+/// Takes the proxy of a context's cluster out of the kubeconfig, where kube would apply `NO_PROXY` to it.
+fn take_proxy_url(merged: &mut Kubeconfig, context: Option<&str>) -> Option<String> {
+    let current = context.or(merged.current_context.as_deref())?;
+    let context = merged.contexts.iter().find(|named| named.name == current)?;
+    let name = &context.context.as_ref()?.cluster;
+    let cluster = merged.clusters.iter_mut().find(|named| named.name == *name)?;
+    cluster.cluster.as_mut()?.proxy_url.take()
 }
 
 /// Takes a token file out of the configuration, to be read by ours instead of kube's reader. Beside a token the file wins, and
@@ -246,6 +266,7 @@ fn default_path(account: &Account) -> Option<PathBuf> {
 /// Puts the client together; the connector depends on the kind of proxy on the way.
 fn build(
     config: &KubeConfig,
+    proxy: Option<Proxy>,
     token_file: Option<TokenFile>,
     timeout: Duration,
 ) -> Result<Client, kube::Error> {
@@ -259,19 +280,17 @@ fn build(
     // No TCP_USER_TIMEOUT: on Linux it also ends a connection whose peer is alive and just does not read, as a pod at a
     // breakpoint does.
 
-    let Some(proxy) = config.proxy_url.clone() else {
+    let Some(proxy) = proxy else {
         return stack(config, token_file, tcp, timeout);
     };
-    match proxy.scheme_str() {
-        Some("socks5") => stack(config, token_file, SocksV5::new(proxy, tcp), timeout),
-        Some("http") => stack(config, token_file, tunnel(&proxy, tcp), timeout),
-        Some("https") => {
+    match proxy.kind {
+        ProxyKind::Socks5 => stack(config, token_file, proxy.socks5(tcp), timeout),
+        ProxyKind::Http => stack(config, token_file, proxy.tunnel(tcp), timeout),
+        ProxyKind::Https => {
+            // As with kubectl, the cluster's authorities vouch for the proxy, too.
             let tls = config.rustls_https_connector_with_connector(tcp)?;
-            stack(config, token_file, tunnel(&proxy, tls), timeout)
+            stack(config, token_file, proxy.tunnel(tls), timeout)
         }
-        _ => Err(kube::Error::ProxyProtocolUnsupported {
-            proxy_url: Box::new(proxy),
-        }),
     }
 }
 
@@ -304,30 +323,6 @@ where
         .layer(config.base_uri_layer())
         .service(Authenticated::new(config, token_file, bare)?);
     Ok(ClientBuilder::new(service, config.default_namespace.clone()).build())
-}
-
-/// An HTTP CONNECT proxy, with the user and password of its URL (percent-decoded) if there are any.
-fn tunnel<C>(proxy: &Uri, connector: C) -> Tunnel<C> {
-    use base64::Engine as _;
-    let tunnel = Tunnel::new(proxy.clone(), connector);
-    let user_info = proxy
-        .authority()
-        .and_then(|authority| authority.as_str().rsplit_once('@'));
-    let Some((user_info, _)) = user_info else {
-        return tunnel;
-    };
-    let decoded: Vec<u8> = percent_encoding::percent_decode_str(user_info).collect();
-    let basic = format!(
-        "Basic {}",
-        base64::engine::general_purpose::STANDARD.encode(decoded)
-    );
-    match HeaderValue::from_str(&basic) {
-        Ok(mut header) => {
-            header.set_sensitive(true);
-            tunnel.with_auth(header)
-        }
-        Err(_) => tunnel,
-    }
 }
 
 #[cfg(all(test, unix))]
