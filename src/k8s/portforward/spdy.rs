@@ -29,6 +29,8 @@ use driver::Driver;
 pub use state::SlowReaders;
 use state::State;
 pub(super) use state::{Load, SILENT};
+#[cfg(test)]
+pub(super) use state::{MAX_AGE, MAX_OPENED};
 pub(super) use stream::PodStream;
 pub(super) use workers::WORKERS;
 

@@ -8,9 +8,12 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::Empty;
 use kube::client::{Body, Client};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
 use crate::drain::Drained;
 use crate::k8s::portforward::memory::Memory;
+use crate::k8s::portforward::ports::Size;
+use crate::k8s::portforward::spdy::{MAX_AGE, MAX_OPENED};
 use crate::k8s::portforward::{Carriers, SlowReaders};
 
 const LONG: Duration = Duration::from_secs(60);
@@ -88,4 +91,109 @@ fn a_connection_on_a_runtime_that_has_ended_fails_at_once() {
         tell.send(matches!(polled, Poll::Ready(Err(_))))
     });
     assert_eq!(told.recv_timeout(LONG), Ok(true));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worn_session_takes_no_newcomer_and_ends_with_the_last_connection_that_it_has() {
+    for by_age in [false, true] {
+        let drain = Drain::new();
+        let pool = pool(&drain);
+        // What is small shares a session as long as that takes newcomers.
+        (0..16).for_each(|_| pool.ports.note_size(80, Size::Small));
+        let old = session(&drain);
+        pool.add(&old, Duration::ZERO);
+        let (mut kept, neighbour) = (stream(&pool).await, stream(&pool).await);
+        assert_eq!(old.load().live, 2);
+        drop(neighbour);
+        if by_age {
+            tokio::time::sleep(MAX_AGE).await;
+        } else {
+            (2..MAX_OPENED).for_each(|_| drop(old.connect(80, false)));
+        }
+        let ready = session(&drain);
+        pool.add(&ready, Duration::ZERO);
+
+        let before = Instant::now();
+        let _newcomer = stream(&pool).await;
+        assert_eq!(before.elapsed(), Duration::ZERO, "one was ready");
+        assert_eq!((old.load().live, ready.load().live), (1, 1), "by age: {by_age}");
+        echo(&mut kept).await;
+        assert_eq!(*old.phase().borrow(), Phase::Proven);
+        drop(kept);
+        assert_ends(&old).await;
+        assert_eq!(*ready.phase().borrow(), Phase::Proven);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_all_sessions_are_worn_another_is_opened_at_once() {
+    let drain = Drain::new();
+    let pool = pool(&drain);
+    let old = session(&drain);
+    pool.add(&old, Duration::ZERO);
+    tokio::time::sleep(MAX_AGE).await;
+    assert_eq!(pool.lock().dialing, 0);
+    let mut connecting = pin!(pool.connect(80));
+    let mut cx = Context::from_waker(Waker::noop());
+    assert!(connecting.as_mut().poll(&mut cx).is_pending());
+    assert_eq!(pool.lock().dialing, 1);
+    assert_ends(&old).await;
+}
+
+/// A session whose peer answers signs of life, takes connections, and sends back what it gets.
+fn session(drain: &Drain) -> Session {
+    let (ours, theirs) = duplex(64 << 10);
+    drain.spawn(peer(theirs));
+    Session::start(ours, Arc::default(), SlowReaders::default(), drain)
+}
+
+async fn peer(mut io: DuplexStream) {
+    let mut unread = Vec::new();
+    while io.read_buf(&mut unread).await.unwrap_or(0) > 0 {
+        while let [first, _, _, kind, _, length @ ..] = &unread[..]
+            && let [high, middle, low, payload @ ..] = length
+            && let size = u32::from_be_bytes([0, *high, *middle, *low]) as usize
+            && let Some(payload) = payload.get(..size)
+        {
+            let id = payload.get(..4).unwrap_or_default();
+            let answer = match (first, kind) {
+                // The id that is too low is refused, every other stream taken.
+                (0x80, 1) if id == [0, 0, 0, 1] => [&[0x80, 3, 0, 3, 0, 0, 0, 8], id, &[0, 0, 0, 1]].concat(),
+                (0x80, 1) => [&[0x80, 3, 0, 2, 0, 0, 0, 4], id].concat(),
+                (0x80, 6) => unread[..8 + size].to_vec(),
+                (0x80, _) => Vec::new(),
+                _ if size == 0 => Vec::new(),
+                _ => unread[..8 + size].to_vec(),
+            };
+            unread.drain(..8 + size);
+            if io.write_all(&answer).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+async fn stream(pool: &Arc<Pool>) -> PodStream {
+    match pool.connect(80).await {
+        Ok(Way::Stream(mut stream)) => {
+            echo(&mut stream).await;
+            stream
+        }
+        other => panic!("no stream: {other:?}"),
+    }
+}
+
+/// Sends something, and waits until it is back.
+async fn echo(stream: &mut PodStream) {
+    stream.write_all(b"word").await.unwrap();
+    let mut back = [0; 4];
+    let read = tokio::time::timeout(LONG, stream.read_exact(&mut back)).await;
+    assert!(matches!(read, Ok(Ok(_))), "{read:?}");
+    assert_eq!(&back, b"word");
+}
+
+async fn assert_ends(session: &Session) {
+    let mut phase = session.phase();
+    let ended = phase.wait_for(|phase| matches!(phase, Phase::Ended(_)));
+    assert!(tokio::time::timeout(LONG, ended).await.is_ok(), "it goes on");
 }

@@ -46,8 +46,8 @@ const USABLE: usize = 3;
 const LOST: usize = 2;
 
 /// Streams are spread over fresh sessions now and then: the peer keeps a little of each, and so may a load balancer.
-const MAX_OPENED: u64 = 10_000;
-const MAX_AGE: Duration = Duration::from_hours(1);
+pub(in crate::k8s::portforward) const MAX_OPENED: u64 = 10_000;
+pub(in crate::k8s::portforward) const MAX_AGE: Duration = Duration::from_hours(1);
 
 /// What a session does at the moment, for placement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

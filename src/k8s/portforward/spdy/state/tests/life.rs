@@ -117,6 +117,46 @@ fn a_retired_session_lasts_as_long_as_its_connections() {
     assert!(scene.state.is_done());
 }
 
+/// Asserts that a session takes newcomers no more, and goes on for a connection that it has.
+fn assert_worn(scene: &mut Scene, kept: usize) {
+    let load = scene.state.load(scene.now);
+    assert!(load.worn && !load.open, "{load:?}");
+    assert_eq!(load.live, 1);
+    scene.data(kept, 10);
+    assert_eq!(scene.read(kept).unwrap().unwrap(), 10);
+    assert_eq!(scene.write(kept, 10).unwrap().unwrap(), 10);
+    assert_eq!(scene.written(), [Wrote::Data(scene.id(kept), 10)]);
+}
+
+#[test]
+fn a_session_takes_so_many_connections_and_no_more() {
+    let mut scene = Scene::new();
+    let kept = scene.open(80);
+    scene.read(kept);
+    scene.written();
+    scene.reply(kept);
+    for opened in 1..MAX_OPENED {
+        assert!(scene.is_open(), "after {opened}");
+        let key = scene.open(80);
+        scene.state.detach(key, scene.now);
+    }
+    assert_worn(&mut scene, kept);
+}
+
+#[test]
+fn a_session_takes_connections_for_so_long_and_no_longer() {
+    let mut scene = Scene::new();
+    let kept = scene.open(80);
+    scene.read(kept);
+    scene.written();
+    scene.reply(kept);
+    let moment = Duration::from_millis(1);
+    scene.now += MAX_AGE - moment;
+    assert!(scene.is_open());
+    scene.now += moment;
+    assert_worn(&mut scene, kept);
+}
+
 #[test]
 fn a_sandbox_that_has_ended_takes_its_session_along() {
     let mut scene = Scene::new();
