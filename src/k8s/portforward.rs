@@ -39,15 +39,13 @@ pub use spdy::SlowReaders;
 
 /// Opens connections to pods.
 pub struct PortForward {
-    dialer: Arc<Dialer>,
     pools: Pools,
-    drain: Drain,
 }
 
 impl fmt::Debug for PortForward {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PortForward")
-            .field("dialer", &self.dialer)
+            .field("dialer", self.pools.dialer())
             .finish_non_exhaustive()
     }
 }
@@ -65,12 +63,9 @@ impl PortForward {
             config.slow_readers,
             drain.clone(),
         );
-        let this = Self {
-            dialer: Arc::new(dialer),
-            pools: Pools::default(),
-            drain: drain.clone(),
-        };
-        let (pools, waiting) = (this.pools.clone(), drain.clone());
+        let pools = Pools::new(dialer, drain.clone());
+        let this = Self { pools: pools.clone() };
+        let waiting = drain.clone();
         drain.spawn(async move {
             tokio::select! {
                 () = waiting.started() => {}
@@ -81,21 +76,21 @@ impl PortForward {
         this
     }
 
-    /// Returns the sessions, for whoever learns that a pod is ending.
+    /// Returns the sessions, for whoever learns that a pod will be needed, or is ending.
     pub(in crate::k8s) fn pools(&self) -> Pools {
         self.pools.clone()
     }
 
     async fn open(&self, target: &Target) -> Result<BoxStream, ConnectError> {
         loop {
-            let Some(pool) = self.pools.of(&target.pod, &self.dialer, &self.drain) else {
+            let Some(pool) = self.pools.of(&target.pod) else {
                 return Err(ConnectError::Unavailable("kube-tunnel is shutting down".into()));
             };
             match pool.connect(target.port).await? {
                 Way::Stream(stream) => return Ok(Box::new(stream)),
                 Way::Single(single) => {
-                    let opened = self.dialer.open_single(target, single).await;
-                    if !self.dialer.carriers.works(Carrier::Channel) {
+                    let opened = self.pools.dialer().open_single(target, single).await;
+                    if !self.pools.dialer().carriers.works(Carrier::Channel) {
                         pool.reconsider();
                     }
                     return opened;

@@ -137,7 +137,7 @@ async fn rollouts_of_pods_that_pause_before_they_end_lose_no_request() {
 }
 
 #[tokio::test]
-async fn rollouts_of_pods_that_end_at_once_lose_only_what_had_reached_them() {
+async fn rollouts_of_pods_that_end_at_once_lose_only_what_was_sent_to_them() {
     let _scene = Scene::alone().await;
     let tally = roll("without-prestop", 0).await;
     tally.lost_only_what_was_sent();

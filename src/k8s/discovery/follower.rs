@@ -24,6 +24,13 @@ use crate::registry::{Endpoint, LookupError, LookupErrorKind, PodRef, ServiceKin
 /// The label by which EndpointSlices name their Service (discovery/v1).
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
+/// How many of a Service's pods a port-forward is made ready to before a request is sent there: as many as most have. Each is
+/// a connection to the API server.
+const PREPARED: usize = 3;
+
+/// How lately somebody must have asked for the Service.
+const LATELY: Duration = Duration::from_mins(1);
+
 /// Where endpoints are read.
 enum Endpoints {
     /// From EndpointSlices.
@@ -74,7 +81,7 @@ pub(super) struct Follower {
     loads: Loads,
     /// The pods as last seen, and whether they were ending.
     pods_seen: BTreeMap<PodRef, bool>,
-    /// Who is told of those that end.
+    /// Who is told of those that will be needed, and of those that end.
     pools: Pools,
     told: Told,
     /// What fails since a view was told.
@@ -245,6 +252,7 @@ impl Follower {
             _ => Vec::new(),
         };
         self.see_off(&endpoints);
+        self.prepare(&endpoints);
         self.tell(Ok(View {
             service,
             endpoints,
@@ -268,6 +276,19 @@ impl Follower {
                 debug!(%pod, service = %self.name, "the pod ends; its port-forwards take no more connections");
                 self.pools.leave(&pod);
             }
+        }
+    }
+
+    /// Has port-forwards to a few ready pods opened, where somebody asks for the Service: the next request to another of its
+    /// pods, and the first to one that has just become ready, find a way there.
+    fn prepare(&self, endpoints: &[Arc<Endpoint>]) {
+        if self.writer.idle(&self.name) > LATELY {
+            return;
+        }
+        let useful =
+            |endpoint: &&Arc<Endpoint>| endpoint.ready && !endpoint.terminating && !endpoint.ports.is_empty();
+        for endpoint in endpoints.iter().filter(useful).take(PREPARED) {
+            self.pools.prepare(&endpoint.pod);
         }
     }
 

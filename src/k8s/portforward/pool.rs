@@ -70,6 +70,8 @@ struct Inner {
     failures: u32,
     paused_until: Instant,
     used_at: Instant,
+    /// Whether it ever was; else it was made ready only.
+    used: bool,
     /// How long a session takes to open at best, if any was.
     dialed_in: Option<Duration>,
     /// Whether the cluster turned out to carry one connection at a time, and what the count of changes was then.
@@ -93,6 +95,7 @@ impl Pool {
                 failures: 0,
                 paused_until: now,
                 used_at: now,
+                used: false,
                 dialed_in: None,
                 single: None,
                 closed: false,
@@ -126,6 +129,19 @@ impl Pool {
         }
     }
 
+    /// Has a session opened if there is none, so that the first connection need not wait for it. Where that fails the
+    /// connection finds out why for itself.
+    pub(super) fn prepare(self: &Arc<Self>) {
+        let mut inner = self.lock();
+        let has_way = !inner.sessions.is_empty() || inner.dialing > 0 || inner.single.is_some();
+        if has_way || inner.closed || inner.paused_until > Instant::now() {
+            return;
+        }
+        inner.dialing += 1;
+        drop(inner);
+        self.dial();
+    }
+
     /// Finds out again how connections get to the pod.
     pub(super) fn reconsider(&self) {
         self.lock().single = None;
@@ -135,7 +151,8 @@ impl Pool {
     pub(super) fn expire(&self, idle_timeout: Duration, now: Instant) -> bool {
         let mut inner = self.lock();
         let loads = inner.prune();
-        let mut kept = false;
+        // One that is only ready is surplus as well.
+        let mut kept = !inner.used;
         let idle_for = |at: Instant| now.duration_since(at);
         let sessions = inner.sessions.drain(..).zip(loads).filter(|(session, load)| {
             let patience = if kept {
@@ -251,7 +268,7 @@ impl Inner {
         if self.closed {
             return (Step::Go(Way::Closed), 0);
         }
-        self.used_at = now;
+        (self.used_at, self.used) = (now, true);
         if let Some((single, changes)) = &self.single {
             if *changes == dialer.carriers.changes() {
                 return (Step::Go(Way::Single(single.clone())), 0);

@@ -12,8 +12,15 @@ use crate::k8s::portforward::pool::Pool;
 use crate::registry::PodRef;
 
 /// The pools of all pods in use. Clones share them.
-#[derive(Debug, Clone, Default)]
-pub(in crate::k8s) struct Pools(Arc<Mutex<Inner>>);
+#[derive(Debug, Clone)]
+pub(in crate::k8s) struct Pools(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    dialer: Arc<Dialer>,
+    drain: Drain,
+    state: Mutex<Inner>,
+}
 
 #[derive(Debug, Default)]
 struct Inner {
@@ -23,14 +30,41 @@ struct Inner {
 }
 
 impl Pools {
+    /// Makes none yet. Sessions are opened by `dialer`, and run under `drain`.
+    pub(super) fn new(dialer: Dialer, drain: Drain) -> Self {
+        Self(Arc::new(Shared {
+            dialer: Arc::new(dialer),
+            drain,
+            state: Mutex::default(),
+        }))
+    }
+
+    /// Returns what opens sessions.
+    pub(super) fn dialer(&self) -> &Dialer {
+        &self.0.dialer
+    }
+
     /// Returns the pool of a pod, a new one if there is none; nothing once they are closed.
-    pub(super) fn of(&self, pod: &PodRef, dialer: &Arc<Dialer>, drain: &Drain) -> Option<Arc<Pool>> {
+    pub(super) fn of(&self, pod: &PodRef) -> Option<Arc<Pool>> {
         let mut inner = self.lock();
         if inner.closed {
             return None;
         }
-        let new = || Arc::new(Pool::new(pod.clone(), dialer.clone(), drain.clone()));
+        let new = || {
+            Arc::new(Pool::new(
+                pod.clone(),
+                self.0.dialer.clone(),
+                self.0.drain.clone(),
+            ))
+        };
         Some(inner.by_pod.entry(pod.clone()).or_insert_with(new).clone())
+    }
+
+    /// Has a way to a pod made ready, which will probably be used soon.
+    pub(in crate::k8s) fn prepare(&self, pod: &PodRef) {
+        if let Some(pool) = self.of(pod) {
+            pool.prepare();
+        }
     }
 
     /// Gives up what leads to a pod that is ending or gone: its sessions end with the connections they have. A connection that
@@ -57,6 +91,6 @@ impl Pools {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

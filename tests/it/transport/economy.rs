@@ -5,7 +5,8 @@ use std::time::Duration;
 use http::StatusCode;
 use http_body_util::BodyExt;
 use kube_tunnel::config::setting;
-use kube_tunnel::testing::{Carrier, FakeCluster};
+use kube_tunnel::testing::backend::{Protocols, Serve};
+use kube_tunnel::testing::{Carrier, FakeCluster, ForwardFault, WorkloadPod};
 
 use crate::app::{PATIENCE, TestApp, eventually};
 use crate::client::{Client, fetch, get};
@@ -65,6 +66,31 @@ async fn a_request_over_an_idle_connection_asks_the_api_server_for_nothing() {
     }
     assert_eq!(cluster.calls(), []);
     assert_eq!(forwards.counts().connections_opened, before.connections_opened);
+}
+
+#[tokio::test]
+async fn the_first_request_makes_ways_ready_to_the_services_other_pods_too() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = cluster.workload("shop", "web").port("http", 80, 8080);
+    let workload = workload
+        .serve(Serve::Http(Protocols::Any))
+        .replicas(3)
+        .create()
+        .unwrap();
+    let app = TestApp::start(&cluster).await;
+    assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
+    // The one in use has another session kept ready.
+    let all = cluster.forwards().until(|counts| counts.sessions_open == 4);
+    tokio::time::timeout(PATIENCE, all).await.unwrap();
+    for pod in &workload.pods {
+        let fault = ForwardFault::Unanswered;
+        cluster.faults().set_forward("shop", &pod.name, Some(fault));
+    }
+    let answered = |pod: &WorkloadPod| !pod.backends[0].http().unwrap().requests().is_empty();
+    for _ in 0..100 {
+        assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
+    }
+    assert!(workload.pods.iter().all(answered));
 }
 
 #[tokio::test]

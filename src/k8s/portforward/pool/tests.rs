@@ -57,6 +57,36 @@ async fn a_connection_that_waits_keeps_its_pool() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_pool_is_made_ready_once_and_not_for_long() {
+    let drain = Drain::new();
+    let ready = pool(&drain);
+    ready.prepare();
+    ready.prepare();
+    assert_eq!(ready.lock().dialing, 1);
+    let mut connecting = pin!(ready.connect(80));
+    let mut cx = Context::from_waker(Waker::noop());
+    assert!(connecting.as_mut().poll(&mut cx).is_pending());
+    assert_eq!(ready.lock().dialing, 1, "who comes now waits for that one");
+
+    for (used, closed) in [(false, true), (true, false)] {
+        let pool = pool(&drain);
+        let session = session(&drain);
+        pool.add(&session, Duration::ZERO);
+        pool.prepare();
+        assert_eq!(pool.lock().dialing, 0, "it has a way already");
+        if used {
+            drop(stream(&pool).await);
+        }
+        tokio::time::sleep(2 * SURPLUS).await;
+        assert!(
+            pool.expire(10 * SURPLUS, Instant::now()),
+            "what is known of it stays"
+        );
+        assert_eq!(pool.lock().sessions.is_empty(), closed, "used: {used}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_end_does_not_wait_for_what_is_being_opened() {
     let drain = Drain::new();
     let pool = pool(&drain);
