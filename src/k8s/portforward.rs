@@ -20,7 +20,6 @@ mod spdy;
 mod tunnel;
 
 use std::fmt;
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -87,12 +86,16 @@ impl PortForward {
                 return Err(ConnectError::Unavailable("kube-tunnel is shutting down".into()));
             };
             match pool.connect(target.port).await? {
-                Way::Stream(stream) => return Ok(Box::new(stream)),
+                Way::Stream(stream) => {
+                    self.pools.go_on();
+                    return Ok(Box::new(stream));
+                }
                 Way::Single(single) => {
                     let opened = self.pools.dialer().open_single(target, single).await;
                     if !self.pools.dialer().carriers.works(Carrier::Channel) {
                         pool.reconsider();
                     }
+                    self.pools.go_on();
                     return opened;
                 }
                 Way::Closed => {}

@@ -65,6 +65,11 @@ impl Memory {
         last.into_iter().chain(rest).collect()
     }
 
+    /// Tells whether any form has worked.
+    pub(super) fn is_known(&self) -> bool {
+        self.lock().known.is_some()
+    }
+
     /// Tells whether a form is sure to work.
     pub(super) fn works(&self, carrier: Carrier) -> bool {
         let known = self.lock().known;

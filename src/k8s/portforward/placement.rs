@@ -3,7 +3,8 @@
 //!
 //! Connections share by evidence: where those to a port have been small, the next one joins others of the kind, which is
 //! what makes many short connections cheap. Any other may turn out to be a transfer that stalls, and gets a session of its
-//! own. Only a crowd of them shares, among itself.
+//! own. Only a crowd of them shares, among itself: those of one moment that have not moved much yet share few sessions, those
+//! that move much share more.
 
 use std::cmp::Reverse;
 use std::time::Duration;
@@ -16,8 +17,12 @@ use crate::k8s::portforward::spdy::{Load, WORKERS};
 /// many connections say at the same time then leaves in few writes. Eight carry half as many.
 const SHARED: usize = 2;
 
-/// How many sessions that take newcomers a pod may have.
+/// How many sessions that take newcomers a pod may have, those that are being opened included.
 const MAX_OPEN: usize = 8;
+
+/// Over how many sessions the transfers of one moment are spread. Each more has server and node divide their processors
+/// between more, and everybody else wait for longer; two on one let one wait for the other's reader.
+const TRANSFERS: usize = 32;
 
 /// How many it may have in all, those with bulk transfers and stuck readers included.
 const MAX: usize = 64;
@@ -69,10 +74,19 @@ pub(super) fn place(sessions: &[Load], newcomer: Newcomer, now: Instant) -> Plac
         .copied()
         .filter(|(_, load)| load.apart == Some(newcomer.port) && is_young(load, now))
         .collect();
+    let transfers: Vec<(usize, &Load)> = sessions
+        .iter()
+        .enumerate()
+        .filter(|(_, load)| load.bulk && load.apart == Some(newcomer.port) && is_young(load, now))
+        .collect();
     let session = if newcomer.small {
         among_its_kind(&open, newcomer, may_wait)
-    } else {
+    } else if transfers.is_empty() {
         apart(&open, &burst, newcomer, may_wait, now)
+    } else {
+        // Transfers are alike, too, and each takes what it can get: as many as are spread make no room for more.
+        let enough = transfers.len() >= TRANSFERS || !is_near(newcomer);
+        idle(&open).or_else(|| least(transfers.iter().copied()).filter(|_| enough))
     };
     // Beyond all bounds, and when there is nothing to wait for.
     let forced = || crowd(&open).or_else(|| least(sessions.iter().enumerate()));
@@ -84,7 +98,8 @@ pub(super) fn place(sessions: &[Load], newcomer: Newcomer, now: Instant) -> Plac
     let wanted = match session {
         // While the first one is being opened it is not known whether any can be, nor how.
         None if newcomer.dialed_in.is_none() => 1,
-        None => (waiting + 2).min(SHARED.saturating_sub(burst.len()).max(1)),
+        None if transfers.is_empty() => (waiting + 2).min(SHARED.saturating_sub(burst.len()).max(1)),
+        None => (waiting + 1).min(TRANSFERS.saturating_sub(transfers.len())),
         // One is kept ready.
         Some(chosen) => {
             let ready = |(index, load): &(usize, &Load)| load.live == 0 && *index != chosen;
@@ -186,6 +201,7 @@ mod tests {
         Load {
             live,
             open: true,
+            bulk: false,
             worn: false,
             apart: None,
             busy_since: (live > 0).then_some(now),
@@ -204,6 +220,7 @@ mod tests {
     fn bulk(now: Instant) -> Load {
         Load {
             open: false,
+            bulk: true,
             ..private(now)
         }
     }
@@ -290,28 +307,51 @@ mod tests {
     #[test]
     fn a_burst_shares_after_the_first_few() {
         let now = Instant::now();
-        let first = [private(now), bulk(now), bulk(now), shared(0, now)];
-        assert_eq!(
-            place(&first, UNKNOWN, now),
-            placed(Some(3), 1),
-            "one that is bulk takes no others"
-        );
-        let more = [
-            private(now),
-            bulk(now),
-            private(now),
-            private(now),
-            shared(0, now),
-        ];
+        let more = [private(now), private(now), shared(0, now)];
         assert_eq!(place(&more, UNKNOWN, now), placed(Some(0), 0));
         let other = Newcomer { port: 81, ..UNKNOWN };
         assert_eq!(
             place(&more, other, now),
-            placed(Some(4), 1),
+            placed(Some(2), 1),
             "what comes to another port is of another kind"
         );
         let later = now + 2 * NEW;
-        assert_eq!(place(&more, UNKNOWN, later), placed(Some(4), 1));
+        assert_eq!(place(&more, UNKNOWN, later), placed(Some(2), 1));
+    }
+
+    #[test]
+    fn the_transfers_of_one_moment_are_spread_over_more_which_open_together() {
+        let now = Instant::now();
+        let waiting = |dialing| Newcomer {
+            dialing,
+            waiting: 10,
+            ..UNKNOWN
+        };
+        let own = private(long_before(now));
+        let few = [own, bulk(now), private(now)];
+        assert_eq!(
+            place(&few, waiting(0), now),
+            placed(None, 6),
+            "a young one that is not bulk yet is about to be"
+        );
+        assert_eq!(place(&few, waiting(6), now), placed(None, 0));
+        let ready = [own, bulk(now), shared(0, now)];
+        assert_eq!(place(&ready, waiting(0), now).session, Some(2));
+        let mut enough = [bulk(now); 1 + TRANSFERS];
+        enough[0] = own;
+        enough[1].live = 2;
+        assert_eq!(
+            place(&enough, waiting(0), now),
+            placed(Some(2), 1),
+            "the others share them, and leave those of others alone"
+        );
+        let far = Newcomer {
+            dialed_in: Some(FAR),
+            ..waiting(0)
+        };
+        assert_eq!(place(&few, far, now).session, Some(1), "rather than wait");
+        let other = Newcomer { port: 81, ..UNKNOWN };
+        assert_eq!(place(&enough, other, now), placed(None, 2));
     }
 
     #[test]
@@ -365,10 +405,14 @@ mod tests {
     #[test]
     fn sessions_that_are_closed_to_newcomers_get_none_and_do_not_count() {
         let now = Instant::now();
-        let sessions = [bulk(now); 2 * MAX_OPEN];
+        let closed = Load {
+            open: false,
+            ..private(now)
+        };
+        let sessions = [closed; 2 * MAX_OPEN];
         assert_eq!(place(&sessions, UNKNOWN, now), placed(None, 2));
         assert_eq!(
-            place(&[bulk(now); MAX], UNKNOWN, now),
+            place(&[closed; MAX], UNKNOWN, now),
             placed(Some(0), 0),
             "there is a bound"
         );

@@ -211,16 +211,20 @@ impl Pool {
         });
     }
 
-    /// Opens a stream on a session that takes connections, however many others it has; on `any` that works if none does.
+    /// Opens a stream on a session that takes connections, however many others it has, and better on one of its kind; on `any`
+    /// that works if none does.
     fn share(&self, port: u16, any: bool) -> Option<PodStream> {
         let mut inner = self.lock();
         let loads = inner.prune();
-        let open = inner
-            .sessions
-            .iter()
-            .zip(loads)
-            .filter(|(_, load)| (load.open || any) && !inner.closed);
-        let (session, _) = open.min_by_key(|(_, load)| (!load.open, load.live))?;
+        let rank = |load: &Load| match load.apart {
+            Some(other) if other != port => 2 + u8::from(!load.open),
+            _ if load.open => 0,
+            Some(_) if load.bulk => 1,
+            _ => 3,
+        };
+        let sessions = inner.sessions.iter().zip(loads);
+        let fit = sessions.filter(|(_, load)| (rank(load) < 3 || any) && !inner.closed);
+        let (session, _) = fit.min_by_key(|(_, load)| (rank(load), load.live))?;
         Some(session.connect(port, !self.ports.is_small(port)))
     }
 

@@ -1,6 +1,7 @@
 //! The sessions to all pods.
 
 use std::collections::HashMap;
+use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -10,6 +11,9 @@ use crate::drain::Drain;
 use crate::k8s::portforward::dial::Dialer;
 use crate::k8s::portforward::pool::Pool;
 use crate::registry::PodRef;
+
+/// How many pods wait to be made ready at most: those of the first few Services that are asked for.
+const POSTPONED: usize = 16;
 
 /// The pools of all pods in use. Clones share them.
 #[derive(Debug, Clone)]
@@ -25,6 +29,8 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Inner {
     by_pod: HashMap<PodRef, Arc<Pool>>,
+    /// What is to be made ready once it is known how.
+    postponed: Vec<PodRef>,
     /// Whether the end has come.
     closed: bool,
 }
@@ -60,17 +66,34 @@ impl Pools {
         Some(inner.by_pod.entry(pod.clone()).or_insert_with(new).clone())
     }
 
-    /// Has a way to a pod made ready, which will probably be used soon.
+    /// Has a way to a pod made ready, which will probably be used soon. What gets through to this cluster is for one connection
+    /// to find out; until then it is only remembered.
     pub(in crate::k8s) fn prepare(&self, pod: &PodRef) {
-        if let Some(pool) = self.of(pod) {
-            pool.prepare();
+        if self.0.dialer.carriers.is_known() {
+            if let Some(pool) = self.of(pod) {
+                pool.prepare();
+            }
+            return;
         }
+        let mut inner = self.lock();
+        if inner.postponed.len() < POSTPONED && !inner.postponed.contains(pod) {
+            inner.postponed.push(pod.clone());
+        }
+    }
+
+    /// Makes ready what was postponed: a connection has found its way.
+    pub(super) fn go_on(&self) {
+        let postponed = mem::take(&mut self.lock().postponed);
+        postponed.iter().for_each(|pod| self.prepare(pod));
     }
 
     /// Gives up what leads to a pod that is ending or gone: its sessions end with the connections they have. A connection that
     /// is asked for later all the same gets sessions of its own.
     pub(in crate::k8s) fn leave(&self, pod: &PodRef) {
-        let left = self.lock().by_pod.remove(pod);
+        let mut inner = self.lock();
+        inner.postponed.retain(|other| other != pod);
+        let left = inner.by_pod.remove(pod);
+        drop(inner);
         if let Some(pool) = left {
             pool.close();
         }

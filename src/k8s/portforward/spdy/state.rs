@@ -56,6 +56,8 @@ pub(in crate::k8s::portforward) struct Load {
     pub(in crate::k8s::portforward) live: usize,
     /// Whether it takes new connections at the moment.
     pub(in crate::k8s::portforward) open: bool,
+    /// Whether it takes none only because much moves there; others of that kind may join.
+    pub(in crate::k8s::portforward) bulk: bool,
     /// Whether it will never take any again.
     pub(in crate::k8s::portforward) worn: bool,
     /// The port of those of them that are to have it for themselves; of the last one, where necessity has mixed them.
@@ -270,15 +272,13 @@ impl State {
         let spoilt = lost >= LOST || lost > 0 && !self.workers.may_ask();
         let old = self.opened >= MAX_OPENED || now.duration_since(self.began) >= MAX_AGE;
         let worn = self.ended.is_some() || self.retired || old || spoilt;
-        let open = !worn
-            && stuck == 0
-            && usable >= USABLE
-            && !self.is_paused()
-            && self.backlog < RUN
-            && self.bulk_until.is_none_or(|until| until <= now);
+        let sound = !worn && stuck == 0 && usable >= USABLE;
+        let bulk = self.bulk_until.is_some_and(|until| until > now);
         Load {
             live: self.live(),
-            open,
+            open: sound && !bulk && !self.is_paused() && self.backlog < RUN,
+            // A reader that is slow for a moment is part of it; one that stalls makes it end.
+            bulk: sound && bulk,
             worn,
             apart: (self.apart > 0).then_some(self.apart_port),
             busy_since: self.busy_since,

@@ -149,14 +149,10 @@ impl State {
         };
         let time = now.duration_since(pause.counted);
         pause.counted = now;
-        if self
-            .connections
-            .iter()
-            .filter(|(_, entry)| is_used(entry))
-            .count()
-            < 2
-        {
-            self.held = Held::default(); // it holds up nobody
+        // Whoever has left much is not held up: it has yet to read that.
+        let may_wait = |(_, entry): (usize, &Entry)| is_used(entry) && entry.received.len() < LARGE;
+        if !self.connections.iter().any(may_wait) {
+            self.held = Held::default();
             return;
         }
         let slowest = pause.slowest;

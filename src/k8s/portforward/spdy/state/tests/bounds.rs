@@ -47,6 +47,35 @@ fn a_reader_that_goes_on_slowly_gives_way_to_a_neighbour_that_waits() {
 }
 
 #[test]
+fn readers_that_pause_together_hold_up_nobody() {
+    let (mut scene, keys) = shared(3);
+    while scene.state.is_reading() {
+        keys.iter().for_each(|&key| scene.data(key, 64 << 10));
+    }
+    scene.pass(Duration::from_mins(10));
+    assert!(!scene.state.is_reading());
+    // One goes on, and finds the others in its way.
+    while scene.read(keys[0]).is_some_and(|read| read.is_ok()) {}
+    scene.pass(Duration::from_secs(6));
+    assert!(scene.state.is_reading());
+    for &key in &keys[1..] {
+        assert_eq!(last(&mut scene, key), io::ErrorKind::ConnectionAborted);
+    }
+    assert!(scene.read(keys[0]).is_none());
+}
+
+/// Reads what is left of a connection that failed.
+fn last(scene: &mut Scene, key: usize) -> io::ErrorKind {
+    loop {
+        match scene.read(key) {
+            Some(Ok(_)) => {}
+            Some(Err(error)) => return error.kind(),
+            None => panic!("it has not failed"),
+        }
+    }
+}
+
+#[test]
 fn how_much_and_how_long_slow_readers_are_borne_is_a_setting() {
     let mut scene = Scene::with(SlowReaders {
         bytes: 64 << 20,
