@@ -211,7 +211,8 @@ pub static MAX_CONNECTIONS_PER_POD: Setting = Setting::new(
     },
     Some("1000"),
     "How many HTTP/1.1 connections one port of one pod may have, each of which carries one request at a time",
-    "Each costs the node memory and file descriptors. Further requests wait in order. HTTP/2 shares one connection.",
+    "Each costs the node memory and file descriptors. Further requests wait in order, each for `ready-timeout` at most. \
+     HTTP/2 shares one connection.",
 );
 /// The size of a request's header fields.
 pub static MAX_HEADER_BYTES: Setting = Setting::new(
@@ -241,7 +242,8 @@ pub static MAX_RESPONSE_HEADER_BYTES: Setting = Setting::new(
     },
     Some("262144"),
     "How many bytes the header fields of a pod's response may have together",
-    "Four times what a request may have: a pod is trusted more than a client. More is answered with 502.",
+    "Four times what a request may have: a pod is trusted more than a client. More is answered with 502. Over HTTP/1.x it \
+     bounds what is read of a body at once, too.",
 );
 /// The number of a response's header fields.
 pub static MAX_RESPONSE_HEADER_FIELDS: Setting = Setting::new(

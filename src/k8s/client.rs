@@ -155,6 +155,9 @@ impl Cluster {
     }
 }
 
+/// Stands where kube looks for a proxy.
+const HIDDEN: &str = "http://proxy.invalid";
+
 /// Reads the configuration, and which proxy is on the way.
 async fn load(config: &Config) -> Result<(KubeConfig, Option<Proxy>), ConnectionError> {
     let bad = |error: KubeconfigError| ConnectionError::BadConfig(error::one_line(&error.to_string()));
@@ -165,9 +168,20 @@ async fn load(config: &Config) -> Result<(KubeConfig, Option<Proxy>), Connection
                 cluster: None,
                 user: None,
             };
-            let own = take_proxy_url(&mut merged, config.context.as_deref());
+            let own = hide_proxy_url(&mut merged, config.context.as_deref());
             let kube = KubeConfig::from_custom_kubeconfig(merged, &options).await;
-            (kube.map_err(bad)?, own)
+            let mut kube = kube.map_err(bad)?;
+            kube.proxy_url = None;
+            // A credential plugin is told of it, and may have to go that way itself.
+            if let Some(cluster) = kube
+                .auth_info
+                .exec
+                .as_mut()
+                .and_then(|exec| exec.cluster.as_mut())
+            {
+                cluster.proxy_url.clone_from(&own);
+            }
+            (kube, own)
         }
         None => (incluster(&config.account)?, None),
     };
@@ -185,13 +199,14 @@ fn incluster(account: &Account) -> Result<KubeConfig, ConnectionError> {
     })
 }
 
-/// Takes the proxy of a context's cluster out of the kubeconfig, where kube would apply `NO_PROXY` to it.
-fn take_proxy_url(merged: &mut Kubeconfig, context: Option<&str>) -> Option<String> {
+/// Returns the proxy of a context's cluster, and leaves another in its place: kube reads a URL of its own kind there, and if
+/// there is none, in the variables, and makes an error of what it cannot read. What it finds is not used.
+fn hide_proxy_url(merged: &mut Kubeconfig, context: Option<&str>) -> Option<String> {
     let current = context.or(merged.current_context.as_deref())?;
     let context = merged.contexts.iter().find(|named| named.name == current)?;
     let name = &context.context.as_ref()?.cluster;
     let cluster = merged.clusters.iter_mut().find(|named| named.name == *name)?;
-    cluster.cluster.as_mut()?.proxy_url.take()
+    cluster.cluster.as_mut()?.proxy_url.replace(HIDDEN.into())
 }
 
 /// Takes a token file out of the configuration, to be read by ours instead of kube's reader. Beside a token the file wins, and

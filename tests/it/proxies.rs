@@ -15,7 +15,7 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::app::TestApp;
 use crate::client::fetch;
-use crate::kubeconfig::{WEB, cluster};
+use crate::kubeconfig::{WEB, cluster, with_user};
 use crate::program::{Lines, Running, address, kubeconfig, path, program, run};
 use crate::tls::acceptor;
 
@@ -266,6 +266,30 @@ async fn a_socks_proxy_that_lets_nobody_in_ends_the_start() {
     }
 }
 
+#[cfg(unix)]
+#[tokio::test]
+async fn a_credential_plugin_is_told_of_the_proxy() {
+    use std::os::unix::fs::PermissionsExt;
+    let (cluster, _workload) = cluster().await;
+    cluster.add_token("plugin", "plugin-token");
+    let mut proxy = Proxy::start(&cluster, Speaks::Connect).await;
+    let folder = tempfile::tempdir().unwrap();
+    let plugin = folder.path().join("plugin");
+    let credential = r#"{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential","status":{"token":"plugin-token"}}"#;
+    let told = format!(
+        "case $KUBERNETES_EXEC_INFO in *proxy-url*{}*) echo '{credential}';; *) exit 1;; esac",
+        proxy.address
+    );
+    std::fs::write(&plugin, format!("#!/bin/sh\n{told}\n")).unwrap();
+    std::fs::set_permissions(&plugin, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let user = format!(
+        "exec:\n  apiVersion: client.authentication.k8s.io/v1\n  command: {}\n  interactiveMode: Never\n  provideClusterInfo: true",
+        plugin.display()
+    );
+    let kubeconfig = with_user(&through(&cluster, &format!("http://{}", proxy.address)), &user);
+    assert_carries(&cluster, &kubeconfig, &mut proxy).await;
+}
+
 #[tokio::test]
 async fn a_proxy_of_another_kind_is_refused_with_those_that_work() {
     let cluster = FakeCluster::start().await.unwrap();
@@ -286,7 +310,8 @@ async fn the_proxy_of_the_variables_is_used_unless_they_except_the_server() {
     for (host, no_proxy, proxied) in [
         (unspecified, "", true),
         (unspecified, "127.0.0.1", true),
-        (unspecified, "other.example,0.0.0.0/8", false),
+        // Entries that kube would not start with.
+        (unspecified, "other.example, ,0.0.0.0/8,", false),
         ("127.0.0.1", "", false),
     ] {
         let mut proxy = Proxy::start(&cluster, Speaks::Connect).await;

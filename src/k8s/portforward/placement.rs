@@ -98,8 +98,10 @@ pub(super) fn place(sessions: &[Load], newcomer: Newcomer, now: Instant) -> Plac
     let wanted = match session {
         // While the first one is being opened it is not known whether any can be, nor how.
         None if newcomer.dialed_in.is_none() => 1,
-        None if transfers.is_empty() => (waiting + 2).min(SHARED.saturating_sub(burst.len()).max(1)),
-        None => (waiting + 1).min(TRANSFERS.saturating_sub(transfers.len())),
+        None if newcomer.small || transfers.is_empty() => {
+            (waiting + 2).min(SHARED.saturating_sub(burst.len()).max(1))
+        }
+        None => (waiting + 1).min(TRANSFERS.saturating_sub(transfers.len()).max(1)),
         // One is kept ready.
         Some(chosen) => {
             let ready = |(index, load): &(usize, &Load)| load.live == 0 && *index != chosen;

@@ -133,6 +133,7 @@ impl Pool {
     /// connection finds out why for itself.
     pub(super) fn prepare(self: &Arc<Self>) {
         let mut inner = self.lock();
+        inner.prune();
         let has_way = !inner.sessions.is_empty() || inner.dialing > 0 || inner.single.is_some();
         if has_way || inner.closed || inner.paused_until > Instant::now() {
             return;

@@ -31,7 +31,7 @@ impl Linger {
     pub(super) fn new(longest: Duration) -> Self {
         Self {
             until: Instant::now() + longest,
-            silence: Box::pin(sleep(SILENCE)),
+            silence: Box::pin(sleep(SILENCE.min(longest))),
             left: MOST,
         }
     }

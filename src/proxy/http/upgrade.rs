@@ -1,6 +1,7 @@
 //! Requests that leave HTTP: `Upgrade` of HTTP/1.1 (WebSocket above all, RFC 9110 section 7.8) and extended CONNECT of HTTP/2
 //! (RFC 8441). Towards the pod both are an HTTP/1.1 Upgrade; after it the bytes pass both ways untouched.
 
+use std::io;
 use std::sync::Arc;
 
 use base64::Engine as _;
@@ -13,7 +14,7 @@ use http::{Method, Request, Response, StatusCode, Version};
 use hyper::ext::Protocol;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
-use tokio::io::copy_bidirectional;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy};
 use tokio::time::Instant;
 
 use crate::drain::Drain;
@@ -157,18 +158,107 @@ async fn join(
 
 async fn splice(client: OnUpgrade, pod: OnUpgrade, reset: Option<Reset>) -> Result<(u64, u64), BoxError> {
     let (client, pod) = tokio::try_join!(client, pod)?;
-    let (mut client, mut pod) = (TokioIo::new(client), TokioIo::new(pod));
-    let copied = copy_bidirectional(&mut client, &mut pod).await;
-    if copied.is_err()
+    let (client, pod) = (&mut TokioIo::new(client), &mut TokioIo::new(pod));
+    let carried = carry(client, pod).await;
+    if carried.is_err()
         && let Some(reset) = reset
     {
         // While the client's stream is still there to be reset.
         reset.wish();
     }
-    Ok(copied?)
+    Ok(carried?)
+}
+
+/// Copies both ways until both sides have ended, or one has broken. Returns how much has come from the client, and from the pod.
+async fn carry<C, P>(client: C, pod: P) -> io::Result<(u64, u64)>
+where
+    C: AsyncRead + AsyncWrite,
+    P: AsyncRead + AsyncWrite,
+{
+    let (mut from_client, mut to_client) = tokio::io::split(client);
+    let (mut from_pod, mut to_pod) = tokio::io::split(pod);
+    let up = async {
+        let copied = match copy(&mut from_client, &mut to_pod).await {
+            Ok(bytes) => to_pod.shutdown().await.map(|()| bytes),
+            Err(error) => Err(error),
+        };
+        match copied {
+            // The pod takes nothing more: what it has said is passed on all the same.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(0),
+            copied => copied,
+        }
+    };
+    let down = async {
+        let bytes = copy(&mut from_pod, &mut to_client).await?;
+        to_client.shutdown().await?;
+        Ok(bytes)
+    };
+    tokio::try_join!(up, down)
 }
 
 /// Whether a request is an extended CONNECT, which names its target as other requests do.
 pub(super) fn is_extended_connect<B>(request: &Request<B>) -> bool {
     request.method() == Method::CONNECT && request.extensions().get::<Protocol>().is_some()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
+    use tokio::io::{AsyncReadExt, duplex, empty, join, sink};
+
+    /// A pod that has ended: it takes nothing.
+    struct Ended;
+
+    impl AsyncWrite for Ended {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
+            Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
+        }
+    }
+
+    #[tokio::test]
+    async fn what_a_pod_said_before_it_ended_arrives_though_it_takes_no_more() {
+        for goodbye in [&b"goodbye"[..], b""] {
+            let (said, mut says) = duplex(64);
+            let (mut client, ours) = duplex(64);
+            client.write_all(goodbye).await.unwrap();
+            if goodbye.is_empty() {
+                client.shutdown().await.unwrap();
+            }
+            let late = async {
+                tokio::task::yield_now().await;
+                says.write_all(b"last words").await.unwrap();
+                drop(says);
+                let mut heard = String::new();
+                client.read_to_string(&mut heard).await.unwrap();
+                heard
+            };
+            let (carried, heard) = tokio::join!(carry(ours, join(said, Ended)), late);
+            assert_eq!(carried.unwrap(), (0, 10));
+            assert_eq!(heard, "last words");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_client_that_breaks_ends_both() {
+        let broken = tokio_util::io::StreamReader::new(futures_util::stream::iter([Err::<Bytes, _>(
+            io::Error::from(io::ErrorKind::ConnectionReset),
+        )]));
+        let (waits, _open) = duplex(64);
+        let error = carry(join(broken, sink()), waits).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        assert_eq!(
+            carry(join(empty(), sink()), join(empty(), sink())).await.unwrap(),
+            (0, 0)
+        );
+    }
 }

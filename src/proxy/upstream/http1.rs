@@ -78,7 +78,7 @@ impl Pool {
         shared: &Arc<Shared>,
         fresh: Fresh,
     ) -> Result<(Connection, bool), Error> {
-        let waiting = {
+        let mut waiting = {
             let mut state = lock(&self.state);
             if fresh == Fresh::Yes {
                 state.idle.clear();
@@ -101,7 +101,14 @@ impl Pool {
             }
             waiting
         };
-        waiting.await.unwrap_or_else(|_| Err(shutting_down(&self.peer)))
+        loop {
+            match tokio::time::timeout(shared.patience, &mut waiting).await {
+                Ok(given) => return given.unwrap_or_else(|_| Err(shutting_down(&self.peer))),
+                Err(_) if self.places.available_permits() == 0 => return Err(self.full(shared)),
+                // A connection is being opened for it, which takes the time that it takes.
+                Err(_) => {}
+            }
+        }
     }
 
     /// Takes a connection back that can carry another request.
@@ -109,10 +116,10 @@ impl Pool {
         lock(&self.state).hand_over(connection, true);
     }
 
-    /// Waits until the pod may have another connection, but not for ever: those that have them may never let go.
-    async fn place(&self, shared: &Shared) -> Result<OwnedSemaphorePermit, Error> {
+    /// Waits until the pod may have another connection.
+    async fn place(&self, shared: &Shared) -> OwnedSemaphorePermit {
         if let Ok(place) = self.places.clone().try_acquire_owned() {
-            return Ok(place);
+            return place;
         }
         if shared.full.due().is_some() {
             warn!(
@@ -121,17 +128,19 @@ impl Pool {
                 "every connection to a pod is in use, further requests wait; --max-connections-per-pod allows more"
             );
         }
-        let place = tokio::time::timeout(shared.patience, self.places.clone().acquire_owned()).await;
-        match place {
-            Ok(place) => Ok(place.expect("the semaphore is never closed")),
-            Err(_) => Err(unavailable(
-                &self.peer,
-                format!(
-                    "its {} connections have all been in use for {:?}; --max-connections-per-pod allows more",
-                    shared.limits.connections_per_pod, shared.patience
-                ),
-            )),
-        }
+        let place = self.places.clone().acquire_owned().await;
+        place.expect("the semaphore is never closed")
+    }
+
+    /// Tells a request that it has waited for long enough: whoever has the connections may never let go.
+    fn full(&self, shared: &Shared) -> Error {
+        unavailable(
+            &self.peer,
+            format!(
+                "its {} connections have all been in use for {:?}; --max-connections-per-pod allows more",
+                shared.limits.connections_per_pod, shared.patience
+            ),
+        )
     }
 
     async fn connect(&self, shared: &Arc<Shared>, place: OwnedSemaphorePermit) -> Result<Connection, Error> {
@@ -230,15 +239,11 @@ impl Opening {
     /// Opens connections until as many openings run as requests wait.
     async fn run(mut self) {
         loop {
-            let opened = match self.pool.place(&self.shared).await {
-                Ok(place) => {
-                    if lock(&self.pool.state).ends(&mut self.counted) {
-                        return; // what was waited for has come back meanwhile
-                    }
-                    self.pool.connect(&self.shared, place).await
-                }
-                Err(error) => Err(error),
-            };
+            let place = self.pool.place(&self.shared).await;
+            if lock(&self.pool.state).ends(&mut self.counted) {
+                return; // what was waited for has come back meanwhile
+            }
+            let opened = self.pool.connect(&self.shared, place).await;
             let mut state = lock(&self.pool.state);
             match opened {
                 Ok(connection) => state.hand_over(connection, false),

@@ -149,16 +149,19 @@ impl State {
         };
         let time = now.duration_since(pause.counted);
         pause.counted = now;
-        // Whoever has left much is not held up: it has yet to read that.
-        let may_wait = |(_, entry): (usize, &Entry)| is_used(entry) && entry.received.len() < LARGE;
+        // By now: the one that it was at first may have caught up.
+        let slowest = self.slowest();
+        // Whoever has left much is not held up: it has yet to read that. Nor is one that has heard the end.
+        let may_wait = |(key, entry): (usize, &Entry)| {
+            Some(key) != slowest && is_used(entry) && entry.received.len() < LARGE && !entry.heard_end()
+        };
         if !self.connections.iter().any(may_wait) {
             self.held = Held::default();
             return;
         }
-        let slowest = pause.slowest;
         let waits = |(key, entry): (usize, &Entry)| {
             let opening = entry.begun_at.is_some() && entry.replied_at.is_none();
-            key != slowest && is_used(entry) && !entry.heard_end() && (entry.awaiting || opening)
+            Some(key) != slowest && is_used(entry) && !entry.heard_end() && (entry.awaiting || opening)
         };
         self.held.total += time;
         if self.connections.iter().any(waits) {

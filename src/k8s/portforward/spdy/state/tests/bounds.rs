@@ -76,6 +76,24 @@ fn last(scene: &mut Scene, key: usize) -> io::ErrorKind {
 }
 
 #[test]
+fn a_slow_reader_that_is_alone_is_never_cut_however_little_may_wait() {
+    let mut scene = Scene::with(SlowReaders {
+        bytes: 1 << 20,
+        timeout: Duration::from_secs(5),
+    });
+    let key = scene.open(80);
+    scene.read(key);
+    scene.written();
+    scene.reply(key);
+    while scene.state.is_reading() {
+        scene.data(key, 16 << 10);
+    }
+    scene.read(key).unwrap().unwrap();
+    scene.pass(Duration::from_mins(10));
+    scene.read(key).unwrap().unwrap();
+}
+
+#[test]
 fn how_much_and_how_long_slow_readers_are_borne_is_a_setting() {
     let mut scene = Scene::with(SlowReaders {
         bytes: 64 << 20,
