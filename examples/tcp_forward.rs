@@ -13,12 +13,16 @@ use kube_tunnel::k8s::{Carriers, Cluster, Config, PortForward, SlowReaders};
 use kube_tunnel::privileges::Account;
 use kube_tunnel::proxy::relay;
 use kube_tunnel::registry::PodRef;
+use kube_tunnel::runtime;
 use kube_tunnel::transport::{Connect, Target};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpListener;
 
-#[tokio::main]
-async fn main() -> Result<()> {
+fn main() -> Result<()> {
+    runtime::build(None)?.block_on(forward())
+}
+
+async fn forward() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
     let mut argument = |name: &'static str| arguments.next().context(name);
     let (namespace, pod) = (argument("NAMESPACE")?, argument("POD")?);

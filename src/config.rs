@@ -8,6 +8,7 @@ mod layer;
 pub mod setting;
 
 use std::fmt::Write as _;
+use std::num::NonZero;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -61,6 +62,8 @@ pub struct Config {
     pub state_dir: Option<PathBuf>,
     /// How long requests may go on after the word to stop.
     pub drain_timeout: Duration,
+    /// How many threads carry requests; nothing stands for half of the processors.
+    pub worker_threads: Option<NonZero<usize>>,
     /// Only undo what was changed on this machine, and stop.
     pub cleanup: bool,
     /// Only serve DNS, without the proxy.
@@ -132,6 +135,7 @@ impl Config {
                 .map(PathBuf::from)
                 .or_else(|| default_state_dir(account)),
             drain_timeout: layers.duration(&s::DRAIN_TIMEOUT)?,
+            worker_threads: layers.optional(&s::WORKER_THREADS)?,
             cleanup: layers.switch(&s::CLEANUP)?,
             dns_only: layers.switch(&s::DNS_ONLY)?,
             pending: pending(layers),

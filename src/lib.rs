@@ -12,6 +12,7 @@ pub mod name;
 pub mod privileges;
 pub mod proxy;
 pub mod registry;
+pub mod runtime;
 pub mod telemetry;
 #[cfg(feature = "testing")]
 pub mod testing;

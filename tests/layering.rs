@@ -22,6 +22,7 @@ const LEVELS: &[(&str, u8)] = &[
     ("files", 0),
     ("name", 0),
     ("privileges", 0),
+    ("runtime", 0),
     ("telemetry", 0),
 ];
 

@@ -23,7 +23,7 @@ pub(super) fn run(mut config: Config, layers: &Layers, privileges: Privileges) -
     if layers.value(&setting::PORT).source == Source::Default {
         config.proxy.port = 0;
     }
-    run::block_on(async {
+    run::block_on(config.worker_threads, async {
         let mut signals = run::Signals::install()?;
         let cluster = FakeCluster::start()
             .await

@@ -1,5 +1,6 @@
 //! `kube-tunnel run`: the proxy against a real cluster, until a signal ends it.
 
+use std::num::NonZero;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
@@ -12,6 +13,7 @@ use crate::app::App;
 use crate::config::Config;
 use crate::files;
 use crate::privileges::Privileges;
+use crate::runtime;
 
 /// Runs until SIGINT or SIGTERM and then drains; a second signal ends the process at once.
 pub(super) fn run(config: &Config, privileges: Privileges) -> Result<ExitCode> {
@@ -25,7 +27,7 @@ pub(super) fn run(config: &Config, privileges: Privileges) -> Result<ExitCode> {
     if config.dns_only {
         bail!("-dns-only: the DNS server is not part of this version yet, so there is nothing to run");
     }
-    block_on(async {
+    block_on(config.worker_threads, async {
         let mut signals = Signals::install()?;
         let Some(app) = start(config, privileges, &mut signals).await? else {
             return Ok(ExitCode::SUCCESS);
@@ -38,11 +40,11 @@ pub(super) fn run(config: &Config, privileges: Privileges) -> Result<ExitCode> {
 }
 
 /// Runs the program's one future on a runtime of its own.
-pub(super) fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .context("cannot start the runtime")?;
+pub(super) fn block_on<T>(
+    threads: Option<NonZero<usize>>,
+    future: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    let runtime = runtime::build(threads).context("cannot start the runtime")?;
     let done = runtime.block_on(future);
     // Whatever is still running by now was told to end, or its user asked not to wait for it.
     runtime.shutdown_background();

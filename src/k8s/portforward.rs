@@ -85,21 +85,19 @@ impl PortForward {
             let Some(pool) = self.pools.of(&target.pod) else {
                 return Err(ConnectError::Unavailable("kube-tunnel is shutting down".into()));
             };
-            match pool.connect(target.port).await? {
-                Way::Stream(stream) => {
-                    self.pools.go_on();
-                    return Ok(Box::new(stream));
-                }
+            let opened = match pool.connect(target.port).await? {
+                Way::Stream(stream) => Ok(Box::new(stream) as BoxStream),
                 Way::Single(single) => {
                     let opened = self.pools.dialer().open_single(target, single).await;
                     if !self.pools.dialer().carriers.works(Carrier::Channel) {
                         pool.reconsider();
                     }
-                    self.pools.go_on();
-                    return opened;
+                    opened
                 }
-                Way::Closed => {}
-            }
+                Way::Closed => continue,
+            };
+            self.pools.go_on();
+            return opened;
         }
     }
 }

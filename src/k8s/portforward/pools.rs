@@ -56,14 +56,13 @@ impl Pools {
         if inner.closed {
             return None;
         }
-        let new = || {
-            Arc::new(Pool::new(
-                pod.clone(),
-                self.0.dialer.clone(),
-                self.0.drain.clone(),
-            ))
-        };
-        Some(inner.by_pod.entry(pod.clone()).or_insert_with(new).clone())
+        if let Some(pool) = inner.by_pod.get(pod) {
+            return Some(pool.clone());
+        }
+        let Shared { dialer, drain, .. } = &*self.0;
+        let pool = Arc::new(Pool::new(pod.clone(), dialer.clone(), drain.clone()));
+        inner.by_pod.insert(pod.clone(), pool.clone());
+        Some(pool)
     }
 
     /// Has a way to a pod made ready, which will probably be used soon. What gets through to this cluster is for one connection

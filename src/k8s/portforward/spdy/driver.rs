@@ -16,8 +16,9 @@ use crate::k8s::portforward::spdy::{Phase, Shared, frame};
 /// How much is read at once: several TLS records.
 const READ: usize = 64 << 10;
 
-/// How often one poll goes round before others get their turn.
-const ROUNDS: usize = 16;
+/// How often one poll goes round before others get their turn, a TLS record each time: as much as a reader then takes in one
+/// piece. Where twenty transfers run, a neighbour waits for all of them to have had their turn.
+const ROUNDS: usize = 4;
 
 /// How often others go first before something is written: what they have for the session leaves in the same write, and each
 /// write costs API server, kubelet and container runtime a wake-up. A request passes two tasks on its way here.

@@ -1,0 +1,50 @@
+//! The runtime that carries everything, and how many threads it has.
+
+use std::io;
+use std::num::NonZero;
+use std::thread;
+
+use tokio::runtime::{Builder, Runtime};
+
+/// Makes the program's runtime with `threads` threads that carry requests; nothing stands for half of the processors that the
+/// process may use, and one at least.
+///
+/// What a connection says passes several tasks, and what many say at the same time leaves in one write. Both suffer where the
+/// tasks are spread over more threads than they need: on two processors two threads took half as much time again for a request
+/// as one, which woke each other and had written each a part of what one writes together. The other half is for the rest of the
+/// way, much of which is often on the same machine.
+///
+/// # Errors
+/// The operating system refuses a thread or what it waits with.
+pub fn build(threads: Option<NonZero<usize>>) -> io::Result<Runtime> {
+    let threads = threads.map_or_else(|| half(available()), NonZero::get);
+    Builder::new_multi_thread()
+        .worker_threads(threads)
+        .enable_all()
+        .build()
+}
+
+/// Returns how many processors the process may use, by affinity and quota.
+fn available() -> usize {
+    thread::available_parallelism().map_or(1, NonZero::get)
+}
+
+fn half(processors: usize) -> usize {
+    (processors / 2).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_are_as_many_threads_as_asked_for_else_half_of_the_processors() {
+        let threads = |given: Option<usize>| {
+            let runtime = build(given.map(|given| given.try_into().unwrap())).unwrap();
+            runtime.metrics().num_workers()
+        };
+        assert_eq!((threads(Some(1)), threads(Some(3))), (1, 3));
+        assert_eq!(threads(None), half(available()));
+        assert_eq!([1, 2, 3, 8].map(half), [1, 1, 1, 4]);
+    }
+}
