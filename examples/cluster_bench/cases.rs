@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use crate::bulk::{self, Way};
 use crate::contestant::{Contestant, Running};
 use crate::delay::Delayed;
-use crate::load::{Ask, Load, lines, repeat};
+use crate::load::{Ask, Load, lines, repeat, settle};
 use crate::pingpong::{self, Beside, Neighbour};
 use crate::profile::{PARTIES, Party, Profile};
 use crate::recovery::Disturbance;
@@ -275,7 +275,8 @@ async fn exchanges(
     time: Duration,
     rates: bool,
 ) -> Result<Figures> {
-    let lines = lines(running.address(0), ask, count).await?;
+    let mut lines = lines(running.address(0), ask, count).await?;
+    settle(&mut lines).await?;
     let before = running.profile()?;
     let load = repeat(lines, time).await;
     let profile = running.profile()?.since(before)?;

@@ -5,13 +5,14 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use futures_util::future::join_all;
+use futures_util::future::{join_all, try_join_all};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-/// How long the first exchange of all lines may take, before anything counts.
+/// How long the exchanges before anything counts may take, and how long all lines go on together before that.
 const WARM_UP: Duration = Duration::from_secs(60);
+const SETTLE: Duration = Duration::from_secs(1);
 
 /// The pause after a failure, so that a refusing contestant does not look fast.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -180,6 +181,20 @@ pub(crate) async fn lines(address: SocketAddr, ask: &Ask, count: usize) -> io::R
     };
     timeout(WARM_UP, first).await??;
     Ok(lines)
+}
+
+/// Lets all lines exchange at the same time for a moment, so that who opens connections to the pod as requests need them has
+/// opened them, as those have by then who open one for each client's.
+pub(crate) async fn settle(lines: &mut [Line]) -> io::Result<()> {
+    let settled = Instant::now() + SETTLE;
+    let together = lines.iter_mut().map(|line| async move {
+        while Instant::now() < settled {
+            line.exchange().await?;
+        }
+        Ok::<_, io::Error>(())
+    });
+    timeout(WARM_UP, try_join_all(together)).await??;
+    Ok(())
 }
 
 /// Repeats exchanges on all lines until the time is up. An exchange that is under way then counts only if it has waited longer

@@ -23,6 +23,8 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// How long one attempt may take.
 const ATTEMPT: Duration = Duration::from_secs(2);
 
+/// The component that is restarted.
+const API_SERVER: &str = "kube-apiserver";
 /// What goes wrong.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Disturbance {
@@ -55,15 +57,19 @@ pub(crate) async fn run(
     }
     let old = pod(&settings.namespace).await?;
     match disturbance {
-        Disturbance::Restart => component("kill").await?,
-        Disturbance::Replacement => delete(&settings.namespace, &old).await?,
+        Disturbance::Restart => component("kill", API_SERVER).await?,
+        Disturbance::Replacement => {
+            // A restart of the API server may end it ("Scheduler cache is corrupted"), and no kubelet starts it again here.
+            component("start", "kube-scheduler").await?;
+            delete(&settings.namespace, &old).await?;
+        }
         Disturbance::BlackHole => way.iter().for_each(Delayed::swallow),
     }
     let down = Instant::now();
     let possible = async {
         match disturbance {
             Disturbance::Restart => {
-                component("start").await?;
+                component("start", API_SERVER).await?;
                 until(down, "the API server", ready).await?;
             }
             Disturbance::Replacement => {
@@ -110,13 +116,13 @@ async fn answered(running: &mut Running, down: Instant) -> Option<Instant> {
     None
 }
 
-async fn component(verb: &str) -> Result<()> {
+async fn component(verb: &str, name: &str) -> Result<()> {
     let status = Command::new("tests/cluster/component")
-        .args([verb, "kube-apiserver"])
+        .args([verb, name])
         .status()
         .await
         .context("tests/cluster/component")?;
-    ensure!(status.success(), "component {verb} failed");
+    ensure!(status.success(), "component {verb} {name} failed");
     Ok(())
 }
 
