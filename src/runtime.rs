@@ -10,8 +10,8 @@ use tokio::runtime::{Builder, Runtime};
 /// process may use, and one at least.
 ///
 /// What a connection says passes several tasks, and what many say at the same time leaves in one write. Both suffer where the
-/// tasks are spread over more threads than they need: on two processors two threads took half as much time again for a request
-/// as one, which woke each other and had written each a part of what one writes together. The other half is for the rest of the
+/// tasks are spread over more threads than they need: on two processors two threads, which wake each other and write each a part
+/// of what one writes together, took two fifths more processor time for a request than one. The other half is for the rest of the
 /// way, much of which is often on the same machine.
 ///
 /// # Errors
