@@ -10,8 +10,10 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-/// How long the exchanges before anything counts may take, and how long all lines go on together before that.
+/// How long the exchanges before anything counts may take.
 const WARM_UP: Duration = Duration::from_secs(60);
+
+/// How long all lines go on together before anything counts.
 const SETTLE: Duration = Duration::from_secs(1);
 
 /// The pause after a failure, so that a refusing contestant does not look fast.

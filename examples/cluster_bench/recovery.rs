@@ -25,6 +25,7 @@ const ATTEMPT: Duration = Duration::from_secs(2);
 
 /// The component that is restarted.
 const API_SERVER: &str = "kube-apiserver";
+
 /// What goes wrong.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Disturbance {

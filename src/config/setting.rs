@@ -234,15 +234,6 @@ pub static MAX_HEADER_FIELDS: Setting = Setting::new(
     "As many as Envoy's default; there is room for them without memory of their own for each message, which is a tenth of a small \
      request's cost. More is answered with 431.",
 );
-/// The threads of the runtime.
-pub static WORKER_THREADS: Setting = Setting::new(
-    "worker-threads",
-    Kind::Number { min: 1, max: 1024 },
-    None,
-    "How many threads carry requests",
-    "Without it half of the processors, one at least: fewer threads gather more for each write, and the rest of a request's way, \
-     often on the same machine, needs processors too.",
-);
 /// The size of a response's header fields.
 pub static MAX_RESPONSE_HEADER_BYTES: Setting = Setting::new(
     "max-response-header-bytes",
@@ -311,6 +302,15 @@ pub static MAX_STREAMS: Setting = Setting::new(
     Some("1000"),
     "How many requests one HTTP/2 connection may carry at the same time",
     "Clients wait with further ones, or open another connection. One that nobody reads costs about 2 MiB.",
+);
+/// The threads of the runtime.
+pub static WORKER_THREADS: Setting = Setting::new(
+    "worker-threads",
+    Kind::Number { min: 1, max: 1024 },
+    None,
+    "How many threads carry requests",
+    "Without it half of the processors, one at least: fewer threads gather more for each write, and the rest of a request's way, \
+     often on the same machine, needs processors too.",
 );
 /// Whose word counts for pods' certificates.
 pub static BACKEND_TLS: Setting = Setting::new(

@@ -22,7 +22,6 @@ use crate::proxy::detect::{self, Prefixed, Protocol};
 use crate::proxy::front::{Front, FrontStream};
 use crate::proxy::h2c;
 use crate::proxy::http::answer;
-use crate::proxy::limits::fields;
 use crate::proxy::socket::Reset;
 
 /// HTTP/2 towards clients as the seed has it: 1 MiB frames; windows that keep a bulk upload moving.
@@ -238,17 +237,13 @@ where
             boxed(|| answer(context, downstream, request)).await
         }
     });
-    let mut server = http1::Builder::new();
-    server
+    let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(timeout)
         .max_header_size(usize::try_from(limits.header_bytes).unwrap_or(usize::MAX))
+        .max_headers(limits.header_fields)
         .preserve_header_case(true)
-        .auto_date_header(false);
-    if let Some(fields) = fields(limits.header_fields) {
-        server.max_headers(fields);
-    }
-    let connection = server
+        .auto_date_header(false)
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
     let mut connection = std::pin::pin!(connection);

@@ -8,10 +8,6 @@ const OTHER_FILES: u64 = 64;
 /// More connections than this are no default: at the memory of `docs/limits.md` that is a gigabyte or two.
 const MOST: u64 = 65_536;
 
-/// How many header fields the HTTP library has room for without memory of its own for each message: what it allows where nothing
-/// is said (hyper, `proto/h1/role.rs`).
-const ROOM: usize = 100;
-
 /// Settings of the limits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
@@ -46,11 +42,6 @@ impl Limits {
             usize::try_from(derived.clamp(16, MOST)).expect("a small number")
         })
     }
-}
-
-/// Returns what to tell the HTTP library of a limit of header fields; nothing where it is its own.
-pub(super) fn fields(limit: usize) -> Option<usize> {
-    Some(limit).filter(|limit| *limit != ROOM)
 }
 
 #[cfg(test)]

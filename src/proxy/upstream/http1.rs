@@ -16,7 +16,6 @@ use tokio::time::Instant;
 use tracing::{debug, warn};
 
 use crate::proxy::error::Error;
-use crate::proxy::limits::fields;
 use crate::proxy::replay::RequestBody;
 use crate::proxy::upstream::cause::{Cause, Noted};
 use crate::proxy::upstream::{Fresh, Peer, Shared, lock};
@@ -147,14 +146,10 @@ impl Pool {
     async fn connect(&self, shared: &Arc<Shared>, place: OwnedSemaphorePermit) -> Result<Connection, Error> {
         let stream = shared.open(&self.peer).await?;
         let cause = Cause::default();
-        let mut client = http1::Builder::new();
-        client
+        let (sender, connection) = http1::Builder::new()
             .preserve_header_case(true)
-            .max_buf_size(shared.limits.response_header_bytes as usize);
-        if let Some(fields) = fields(shared.limits.response_header_fields) {
-            client.max_headers(fields);
-        }
-        let (sender, connection) = client
+            .max_headers(shared.limits.response_header_fields)
+            .max_buf_size(shared.limits.response_header_bytes as usize)
             .handshake(TokioIo::new(Noted::new(stream, cause.clone())))
             .await
             .map_err(|error| unavailable(&self.peer, error.to_string()))?;

@@ -2,8 +2,8 @@
 
 use std::collections::VecDeque;
 
-/// The size of a piece, which a reader takes at once: it costs a client's socket as much to be written 16 KiB, a TLS record of the
-/// way to the pod, as four times that.
+/// The size of a piece, which a reader takes at once: four TLS records of the way to the pod, since each write to a client's
+/// socket costs a wake-up.
 const SIZE: usize = 64 << 10;
 
 /// How many unused pieces a session keeps: enough for a bulk stream not to allocate, a megabyte at most.
