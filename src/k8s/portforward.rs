@@ -11,13 +11,14 @@ mod cause;
 mod channel;
 mod dial;
 mod gate;
+mod liveness;
 mod memory;
 mod placement;
 mod pool;
 mod pools;
 mod ports;
 mod spdy;
-mod tunnel;
+mod websocket;
 
 use std::fmt;
 use std::time::Duration;

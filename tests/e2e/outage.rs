@@ -19,18 +19,27 @@ pub(crate) const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/clus
 /// Longer than a request may take while the API server is away.
 const ANSWER: Duration = Duration::from_secs(30);
 
+fn assert_is_ours(name: &str) {
+    assert!(
+        std::env::var_os("KUBE_TUNNEL_CLUSTER_STATE").is_some(),
+        "this test ends the {name} of a cluster of tests/cluster/up, and KUBE_TUNNEL_CLUSTER_STATE names none; leave it out on \
+         other clusters with --skip outage"
+    );
+}
+
 /// A component that was ended; starts again when dropped.
 struct Ended(&'static str);
 
 impl Ended {
     async fn kill(name: &'static str) -> Self {
-        assert!(
-            std::env::var_os("KUBE_TUNNEL_CLUSTER_STATE").is_some(),
-            "this test ends the {name} of a cluster of tests/cluster/up, and KUBE_TUNNEL_CLUSTER_STATE names none; leave it \
-             out on other clusters with --skip outage"
-        );
+        Self::end("kill", name).await
+    }
+
+    /// Ends it by `kill`, or by `stop`, which lets it say goodbye.
+    async fn end(how: &str, name: &'static str) -> Self {
+        assert_is_ours(name);
         let ended = Self(name);
-        run(SCRIPT, &["kill", name]).await.succeeded();
+        run(SCRIPT, &[how, name]).await.succeeded();
         ended
     }
 
@@ -43,6 +52,25 @@ impl Drop for Ended {
     fn drop(&mut self) {
         // Does nothing to one that runs; a failure shows in every test that comes later.
         drop(Command::new(SCRIPT).args(["start", self.0]).status());
+    }
+}
+
+/// A component that does nothing and keeps its connections; goes on when dropped.
+struct Frozen(&'static str);
+
+impl Frozen {
+    async fn freeze(name: &'static str) -> Self {
+        assert_is_ours(name);
+        let frozen = Self(name);
+        run(SCRIPT, &["freeze", name]).await.succeeded();
+        frozen
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        // A failure shows in every test that comes later.
+        drop(Command::new(SCRIPT).args(["thaw", self.0]).status());
     }
 }
 

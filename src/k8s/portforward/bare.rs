@@ -8,11 +8,11 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::drain::Drain;
 use crate::k8s::Cluster;
-use crate::k8s::portforward::carrier::{self, Carrier};
+use crate::k8s::portforward::carrier::{self, Upgrade};
 use crate::k8s::portforward::spdy;
 pub use crate::k8s::portforward::spdy::bare::{Codec, Machine};
 use crate::k8s::portforward::spdy::{Phase, SlowReaders};
-use crate::k8s::portforward::tunnel::Tunnel;
+use crate::k8s::portforward::websocket::WebSocket;
 use crate::registry::PodRef;
 use crate::transport::{BoxStream, ConnectError};
 
@@ -60,7 +60,7 @@ pub fn tunnel<S>(io: S) -> impl AsyncRead + AsyncWrite + Send + Unpin
 where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {
-    Tunnel::new(io)
+    WebSocket::tunnel(io)
 }
 
 /// Upgrades one connection to a pod, on which SPDY is to be spoken.
@@ -72,6 +72,6 @@ pub async fn upgrade(
     pod: &PodRef,
     timeout: Duration,
 ) -> Result<impl AsyncRead + AsyncWrite + Send + Unpin + use<>, ConnectError> {
-    let upgraded = carrier::upgrade(&cluster.client, Carrier::Spdy, pod, timeout).await;
+    let upgraded = carrier::upgrade(&cluster.client, Upgrade::Spdy, pod, timeout).await;
     upgraded.map_err(|refusal| refusal.error)
 }

@@ -15,7 +15,7 @@ use kube::client::Body;
 
 use crate::k8s::error::{self, Kind};
 use crate::k8s::portforward::cause;
-use crate::k8s::portforward::tunnel::handshake::Handshake;
+use crate::k8s::portforward::websocket::handshake::{self, Handshake};
 use crate::registry::PodRef;
 use crate::transport::{ConnectError, io_cause};
 
@@ -39,6 +39,17 @@ pub(super) enum Carrier {
     Tunnel,
     /// One WebSocket for each connection: every server's, but slow to open, and with no half-close.
     Channel,
+}
+
+/// What is asked of the API server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Upgrade {
+    /// A connection that speaks SPDY.
+    Spdy,
+    /// A WebSocket with such a one inside.
+    Tunnel,
+    /// A WebSocket with the channels of one port.
+    Channels(u16),
 }
 
 /// Which forms a user wants.
@@ -132,14 +143,6 @@ pub(super) enum Verdict {
 }
 
 impl Refusal {
-    /// Reads the failure of a call that got no answer, or an answer that kube has read.
-    pub(super) fn of_call(error: &kube::Error) -> Self {
-        Self {
-            error: connect_error(error),
-            verdict: verdict(error),
-        }
-    }
-
     /// Nothing was answered within `timeout`.
     pub(super) fn silent(timeout: Duration) -> Self {
         Self {
@@ -154,14 +157,16 @@ impl Refusal {
 /// Upgrades one connection to a pod.
 pub(super) async fn upgrade(
     client: &Client,
-    carrier: Carrier,
+    upgrade: Upgrade,
     pod: &PodRef,
     timeout: Duration,
 ) -> Result<TokioIo<Upgraded>, Refusal> {
-    let handshake = Handshake::new();
-    let request = match carrier {
-        Carrier::Spdy => spdy_request(pod),
-        Carrier::Tunnel | Carrier::Channel => tunnel_request(pod, &handshake),
+    let (request, handshake) = match upgrade {
+        Upgrade::Spdy => (spdy_request(pod), None),
+        Upgrade::Tunnel => websocket_request(&path(pod), handshake::TUNNEL),
+        Upgrade::Channels(port) => {
+            websocket_request(&format!("{}?ports={port}", path(pod)), handshake::CHANNELS)
+        }
     };
     // The client bounds the wait for the headers itself, without the time that new credentials take.
     let response = client
@@ -178,9 +183,9 @@ pub(super) async fn upgrade(
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
             return Err(refusal(response).await);
         }
-        let agreed = match carrier {
-            Carrier::Spdy => check_spdy(response.headers()),
-            Carrier::Tunnel | Carrier::Channel => handshake
+        let agreed = match handshake {
+            None => check_spdy(response.headers()),
+            Some(handshake) => handshake
                 .check(response.headers())
                 .map_err(|error| error.to_string()),
         };
@@ -233,11 +238,12 @@ fn check_spdy(headers: &HeaderMap) -> Result<(), String> {
 }
 
 /// A GET, which RBAC knows as `get`.
-fn tunnel_request(pod: &PodRef, handshake: &Handshake) -> Request<Body> {
+fn websocket_request(path: &str, protocol: &'static str) -> (Request<Body>, Option<Handshake>) {
+    let handshake = Handshake::new(protocol);
     let mut request = Request::new(Body::empty());
-    *request.uri_mut() = path(pod).parse().expect("names of pods are parts of paths");
+    *request.uri_mut() = path.parse().expect("names of pods are parts of paths");
     handshake.request(request.headers_mut());
-    request
+    (request, Some(handshake))
 }
 
 /// Reads an answer other than 101. A proxy on the way, or an older server, refuses a form with one of many statuses; those
@@ -291,16 +297,13 @@ fn message(status: StatusCode, body: &Bytes) -> String {
     }
 }
 
-/// Words the failure of a call that got no answer, or an answer that kube has read.
+/// Words the failure of a call that got no answer.
 fn connect_error(error: &kube::Error) -> ConnectError {
     let message = error::message(error);
-    let answered = matches!(error, kube::Error::Api(_) | kube::Error::UpgradeConnection(_));
     match error::kind(error) {
         Kind::Unauthorized => ConnectError::Unauthorized(message),
         Kind::Forbidden => ConnectError::Forbidden(message),
         Kind::NotFound => ConnectError::PodGone(message),
-        Kind::Unavailable if cause::is_pod_gone(&message) => ConnectError::PodGone(message),
-        Kind::Unavailable if answered => ConnectError::Unavailable(message),
         Kind::Unavailable => ConnectError::Unreachable(message),
     }
 }
@@ -308,9 +311,6 @@ fn connect_error(error: &kube::Error) -> ConnectError {
 /// Tells what a call's failure says of the server. A connection that ends after the request and before its answer may be the
 /// work of something on the way that knows no such upgrade.
 fn verdict(error: &kube::Error) -> Verdict {
-    if matches!(error, kube::Error::Api(_) | kube::Error::UpgradeConnection(_)) {
-        return Verdict::Final;
-    }
     let mut next: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(error) = next {
         if let Some(client) = error.downcast_ref::<hyper_util::client::legacy::Error>()

@@ -1,123 +1,303 @@
 //! Port-forwards through the API server's WebSocket channel protocol (`v4.channel.k8s.io`): one upgraded connection for
-//! each stream, as the kube crate offers it. Works on every server version.
+//! each stream. Works on every server version, and costs the round trips of an upgrade each time.
 
-use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Pod;
-use kube::{Api, Client};
-use tokio::io::{AsyncRead, AsyncWrite, BufReader, DuplexStream, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Instant, Sleep};
 
-use crate::k8s::error;
-use crate::k8s::portforward::carrier::{Refusal, Verdict};
-use crate::k8s::portforward::cause;
-use crate::transport::{BoxStream, ConnectError, Target};
+use crate::k8s::portforward::liveness::{
+    ACTIVE, ACTIVE_ANSWER, ANSWER, JUMP, LINGER, LIVELY, QUIET, SILENT, SWALLOWED,
+};
+use crate::k8s::portforward::websocket::WebSocket;
 
-/// Opens a stream as a port-forward of its own; `timeout` bounds the upgrade.
-pub(super) async fn open(client: Client, target: &Target, timeout: Duration) -> Result<BoxStream, Refusal> {
-    let pods: Api<Pod> = Api::namespaced(client, &target.pod.namespace);
-    let ports = [target.port];
-    let opening = pods.portforward(&target.pod.name, &ports);
-    let mut forward = tokio::time::timeout(timeout, opening)
-        .await
-        .map_err(|_| Refusal {
-            error: ConnectError::Timeout(target.clone(), timeout),
-            verdict: Verdict::Silent,
-        })?
-        .map_err(|error| Refusal::of_call(&error))?;
-    let unavailable = || Refusal {
-        error: ConnectError::Unavailable("the port-forward has no stream".into()),
-        verdict: Verdict::Final,
-    };
-    let stream = forward.take_stream(target.port).ok_or_else(unavailable)?;
-    let failure = forward.take_error(target.port).ok_or_else(unavailable)?;
-    let broken = async move {
-        let error = forward.join().await.err()?;
-        Some(format!("the port-forward broke: {error}"))
-    };
-    Ok(Box::new(BufReader::new(PodStream {
-        stream,
-        failure: Some(Box::pin(failure)),
-        broken: Some(Box::pin(broken)),
-    })))
+/// How long a pod that spoke last may be silent before an end of ours is sent. Container runtimes do the same after an end
+/// that they are told of.
+const CUT: Duration = Duration::from_secs(1);
+
+/// The connection to one port of a pod, over an upgraded connection `S`.
+///
+/// The protocol has no half-close: a Close ends both directions. Shutting down therefore only begins the end: the Close is sent
+/// once the pod has been silent for a second, or for thirty while an answer is awaited. Dropping it closes at once.
+///
+/// Errors have the kind that the container runtime's words mean, `ConnectionRefused` when no byte can have reached the
+/// application; `ConnectionAborted` where the port-forward broke or went silent. Silence is found out while somebody reads:
+/// within 15 s, and 6 s while something is under way. A PING waits behind payload that the application does not read, so with
+/// more of that than its socket is sure to take, nothing is found out.
+///
+/// Flushing is not needed: what was written leaves as soon as the connection takes it. All of it is cancel-safe.
+pub(super) struct Channel<S> {
+    websocket: WebSocket<S>,
+    life: Life,
+    sleep: Pin<Box<Sleep>>,
 }
 
-/// Resolves with the text of a failure, or with nothing when there was none.
-type Failure = Pin<Box<dyn Future<Output = Option<String>> + Send>>;
+impl<S: AsyncRead + AsyncWrite + Unpin> Channel<S> {
+    /// Takes a connection right after the upgrade.
+    pub(super) fn new(stream: S) -> Self {
+        let now = Instant::now();
+        let mut websocket = WebSocket::channels(stream);
+        // Whether PINGs are answered here is found out while the server can hardly be busy.
+        websocket.ping();
+        Self {
+            websocket,
+            life: Life::new(now),
+            sleep: Box::pin(tokio::time::sleep_until(now + QUIET)),
+        }
+    }
 
-/// The data channel of one forward. kube's task moves the bytes between it and the WebSocket, and closes it in the same way
-/// at the end of the data and at a failure; so the end is looked into before it is believed.
-struct PodStream {
-    stream: DuplexStream,
-    /// The forward's error channel; taken when it has resolved. Without a text it does so only when kube's task has let go
-    /// of it, which is before the task lets go of the data.
-    failure: Option<Failure>,
-    /// The end of kube's task; taken when it is known or of no interest any more.
-    broken: Option<Failure>,
-}
-
-impl PodStream {
-    /// Tells why the data has ended: nothing for a Close frame, after which kube's task goes on until we close too. Pending
-    /// only for the moment in which the task ends.
-    fn poll_cause(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Error>> {
-        if let Some(failure) = &mut self.failure {
-            let Poll::Ready(text) = failure.as_mut().poll(cx) else {
-                return Poll::Ready(None);
-            };
-            self.failure = None;
-            if let Some(text) = text {
-                self.broken = None;
-                return Poll::Ready(Some(io::Error::new(cause::kind(&text), error::one_line(&text))));
+    /// Does what time brings about, with nothing to read. Resolves with the end of reading.
+    fn poll_time(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            let now = Instant::now();
+            let (reads, pongs) = (self.websocket.reads(), self.websocket.pongs());
+            match self.life.look(reads, pongs > 0, now) {
+                Act::Wait(until) => {
+                    if self.sleep.deadline() != until {
+                        self.sleep.as_mut().reset(until);
+                    }
+                    ready!(self.sleep.as_mut().poll(cx));
+                }
+                Act::Ask => {
+                    self.websocket.ping();
+                    self.websocket.reply(cx);
+                }
+                Act::Close => drop(Pin::new(&mut self.websocket).poll_shutdown(cx)),
+                Act::End => return Poll::Ready(Ok(())),
+                Act::GiveUp => return Poll::Ready(Err(broken(SILENT))),
             }
         }
-        let Some(broken) = &mut self.broken else {
-            return Poll::Ready(None);
-        };
-        let text = ready!(broken.as_mut().poll(cx));
-        self.broken = None;
-        Poll::Ready(text.map(|text| io::Error::new(io::ErrorKind::ConnectionAborted, error::one_line(&text))))
+    }
+
+    /// Tells why the stream ended with `error`, or why nothing can be written.
+    fn cause(&self, error: &io::Error) -> io::Error {
+        match self.websocket.failure() {
+            Some(failure) if failure.kind() != io::ErrorKind::UnexpectedEof => failure,
+            _ => broken(&error.to_string()),
+        }
+    }
+
+    /// Has the reader look in time at what has just changed.
+    fn hurry(&mut self) {
+        let due = self.life.due();
+        if due < self.sleep.deadline() {
+            self.sleep.as_mut().reset(due);
+        }
     }
 }
 
-impl AsyncRead for PodStream {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
+fn broken(why: &str) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::ConnectionAborted,
+        format!("the port-forward broke: {why}"),
+    )
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Channel<S> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
         let before = buf.filled().len();
-        let result = ready!(Pin::new(&mut self.stream).poll_read(cx, buf));
-        let ended = result.is_err() || (buf.filled().len() == before && buf.remaining() > 0);
-        if !ended {
-            return Poll::Ready(result);
-        }
-        match ready!(self.poll_cause(cx)) {
-            Some(error) => Poll::Ready(Err(error)),
-            None => Poll::Ready(result),
+        match Pin::new(&mut this.websocket).poll_read(cx, buf) {
+            Poll::Ready(Ok(())) => {
+                if buf.filled().len() > before {
+                    this.life.received(Instant::now());
+                }
+                Poll::Ready(Ok(()))
+            }
+            Poll::Ready(Err(error)) => Poll::Ready(Err(this.cause(&error))),
+            Poll::Pending => this.poll_time(cx),
         }
     }
 }
 
-impl AsyncWrite for PodStream {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let result = ready!(Pin::new(&mut self.stream).poll_write(cx, buf));
-        Poll::Ready(result.map_err(|error| match self.poll_cause(cx) {
-            Poll::Ready(Some(cause)) => cause,
-            // A reader may be waiting for the same answer, and has the better claim on it.
-            Poll::Ready(None) | Poll::Pending => error,
-        }))
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Channel<S> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        if this.life.is_ending() {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        let written = ready!(Pin::new(&mut this.websocket).poll_write(cx, buf));
+        let written = written.map_err(|error| match error.kind() {
+            // The pod has ended it.
+            io::ErrorKind::BrokenPipe if this.websocket.failure().is_none() => error,
+            _ => this.cause(&error),
+        })?;
+        this.life.sent(written, Instant::now());
+        this.hurry();
+        // An error is left to the next call, which meets it too; so is what the connection does not take now.
+        drop(Pin::new(&mut this.websocket).poll_flush(cx));
+        Poll::Ready(Ok(written))
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // From here on kube takes nothing more from the pod, so that whatever becomes of its task breaks nothing off.
-        self.broken = None;
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        // Whoever drops it next would take away what has not left. Whether it does is the reader's to learn.
+        let _ = ready!(Pin::new(&mut this.websocket).poll_flush(cx));
+        this.life.end(Instant::now());
+        this.hurry();
+        Poll::Ready(Ok(()))
     }
 }
+
+/// What time calls for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Act {
+    /// Nothing until then.
+    Wait(Instant),
+    /// A sign of life is to be asked for.
+    Ask,
+    /// Our end is to be sent.
+    Close,
+    /// It is over, although the server has not said so.
+    End,
+    /// Nobody is there any more.
+    GiveUp,
+}
+
+/// What is known of a connection's life.
+#[derive(Debug)]
+struct Life {
+    /// How often anything had come when it was last looked, and when something last had.
+    reads: u64,
+    heard_at: Instant,
+    /// When a sign of life was asked for, if nothing has come since.
+    asked_at: Option<Instant>,
+    /// Whether one has been given, ever.
+    answers: bool,
+    /// When payload last moved, and when the pod last spoke.
+    moved_at: Instant,
+    spoke_at: Instant,
+    /// When the first payload was sent after which nothing has come.
+    sent_at: Option<Instant>,
+    /// Payload sent since the pod last spoke, in bytes.
+    unheard: usize,
+    /// Since when our end waits, and when it was sent.
+    ended_at: Option<Instant>,
+    closed_at: Option<Instant>,
+    /// When it was to be looked at next.
+    due: Instant,
+}
+
+impl Life {
+    fn new(now: Instant) -> Self {
+        Self {
+            reads: 0,
+            heard_at: now,
+            asked_at: Some(now),
+            answers: false,
+            moved_at: now,
+            spoke_at: now,
+            sent_at: None,
+            unheard: 0,
+            ended_at: None,
+            closed_at: None,
+            due: now + QUIET,
+        }
+    }
+
+    /// Notes payload from the pod.
+    fn received(&mut self, now: Instant) {
+        (self.moved_at, self.spoke_at) = (now, now);
+        self.unheard = 0;
+    }
+
+    /// Notes payload to the pod.
+    fn sent(&mut self, bytes: usize, now: Instant) {
+        self.moved_at = now;
+        self.sent_at.get_or_insert(now);
+        self.unheard = self.unheard.saturating_add(bytes);
+    }
+
+    /// Notes that the user sends nothing more.
+    fn end(&mut self, now: Instant) {
+        self.ended_at.get_or_insert(now);
+    }
+
+    fn is_ending(&self) -> bool {
+        self.ended_at.is_some()
+    }
+
+    /// Returns when to look next.
+    fn due(&self) -> Instant {
+        self.closing_due()
+            .map_or(self.silence_due(), |closing| closing.min(self.silence_due()))
+    }
+
+    fn closing_due(&self) -> Option<Instant> {
+        let patience = if self.unheard > 0 { LINGER } else { CUT };
+        let close = |ended: Instant| ended.max(self.spoke_at) + patience;
+        let closed = self.closed_at.map(|closed| closed + ACTIVE_ANSWER);
+        closed.or(self.ended_at.map(close))
+    }
+
+    fn silence_due(&self) -> Instant {
+        // Something was under way when it was last heard of, or is now.
+        let lively = self.sent_at.is_some() || self.heard_at.duration_since(self.moved_at) < LIVELY;
+        match (self.asked_at, self.sent_at) {
+            (None, Some(sent)) => sent.max(self.heard_at) + ACTIVE,
+            (None, None) if lively => self.heard_at + ACTIVE,
+            (None, None) => self.heard_at + QUIET,
+            (Some(asked), Some(sent)) => (asked + ANSWER).min(asked.max(sent) + ACTIVE_ANSWER),
+            (Some(asked), None) if lively => asked + ACTIVE_ANSWER,
+            (Some(asked), None) => asked + ANSWER,
+        }
+    }
+
+    /// Tells whether silence means that nobody is there: the server speaks first, and answers what it reads.
+    fn is_sure(&self) -> bool {
+        self.reads == 0 || self.answers && self.unheard <= SWALLOWED
+    }
+
+    /// Tells what is to be done now. `reads`: how often anything has come; `answers`: whether a sign of life has.
+    fn look(&mut self, reads: u64, answers: bool, now: Instant) -> Act {
+        let slept = now.saturating_duration_since(self.due) >= JUMP;
+        if reads != self.reads {
+            (self.reads, self.heard_at) = (reads, now);
+            (self.asked_at, self.sent_at) = (None, None);
+        } else if slept {
+            // Nobody could answer in that time.
+            self.heard_at = now;
+            self.asked_at = None;
+            self.sent_at = self.sent_at.map(|_| now);
+        }
+        self.answers |= answers;
+        let act = self.act(now);
+        self.due = match act {
+            Act::Wait(until) => until,
+            _ => now,
+        };
+        act
+    }
+
+    fn act(&mut self, now: Instant) -> Act {
+        if self.closing_due().is_some_and(|due| due <= now) {
+            if self.closed_at.is_some() {
+                return Act::End;
+            }
+            self.closed_at = Some(now);
+            return Act::Close;
+        }
+        if self.silence_due() > now {
+            return Act::Wait(self.due());
+        }
+        if self.asked_at.is_none() {
+            self.asked_at = Some(now);
+            return Act::Ask;
+        }
+        if self.is_sure() {
+            return Act::GiveUp;
+        }
+        let later = now + QUIET;
+        Act::Wait(self.closing_due().map_or(later, |closing| closing.min(later)))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -5,18 +5,23 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kube::Client;
+use tokio::io::BufReader;
 use tokio::time::Instant;
 use tracing::{debug, warn};
 
 use crate::drain::Drain;
-use crate::k8s::portforward::carrier::{self, Carrier, Refusal, Verdict};
+use crate::k8s::portforward::carrier::{self, Carrier, Refusal, Upgrade, Verdict};
+use crate::k8s::portforward::channel::Channel;
 use crate::k8s::portforward::gate::Gate;
 use crate::k8s::portforward::memory::Memory;
 use crate::k8s::portforward::ports::Ports;
 use crate::k8s::portforward::spdy::{Phase, Session, SlowReaders};
-use crate::k8s::portforward::{channel, tunnel};
+use crate::k8s::portforward::websocket::WebSocket;
 use crate::registry::PodRef;
 use crate::transport::{BoxStream, ConnectError, Target};
+
+/// How much of a connection through channels is read at once: what a TLS record holds.
+const PIECE: usize = 16 << 10;
 
 /// How long the first answer of a session may take. A proxy on the way may pass the upgrade and swallow what follows.
 const PROOF: Duration = Duration::from_secs(3);
@@ -124,12 +129,15 @@ impl Dialer {
     }
 
     async fn dial_as(&self, carrier: Carrier, pod: &PodRef, ports: &Arc<Ports>) -> Result<Session, Refusal> {
-        let upgrading = carrier::upgrade(&self.client, carrier, pod, self.timeout);
+        let is_tunnel = carrier == Carrier::Tunnel;
+        let upgrade = if is_tunnel { Upgrade::Tunnel } else { Upgrade::Spdy };
+        let upgrading = carrier::upgrade(&self.client, upgrade, pod, self.timeout);
         let io = self.gate.pass(upgrading).await?;
         let (ports, slow_readers) = (ports.clone(), self.slow_readers);
-        let session = match carrier {
-            Carrier::Tunnel => Session::start(tunnel::Tunnel::new(io), ports, slow_readers, &self.drain),
-            _ => Session::start(io, ports, slow_readers, &self.drain),
+        let session = if is_tunnel {
+            Session::start(WebSocket::tunnel(io), ports, slow_readers, &self.drain)
+        } else {
+            Session::start(io, ports, slow_readers, &self.drain)
         };
         if self.carriers.works(carrier) {
             return Ok(session);
@@ -144,12 +152,13 @@ impl Dialer {
         single: Single,
     ) -> Result<BoxStream, ConnectError> {
         let since = self.carriers.changes();
-        let opening = channel::open(self.client.clone(), target, self.timeout);
+        let upgrade = Upgrade::Channels(target.port);
+        let opening = carrier::upgrade(&self.client, upgrade, &target.pod, self.timeout);
         match self.gate.pass(opening).await {
-            Ok(stream) => {
+            Ok(io) => {
                 self.carriers
                     .note(Carrier::Channel, single.doubtful, since, Instant::now());
-                Ok(stream)
+                Ok(Box::new(BufReader::with_capacity(PIECE, Channel::new(io))))
             }
             Err(Refusal {
                 error: error @ ConnectError::Forbidden(_),

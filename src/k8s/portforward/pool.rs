@@ -12,9 +12,10 @@ use tracing::debug;
 
 use crate::drain::Drain;
 use crate::k8s::portforward::dial::{Dialed, Dialer, Single};
+use crate::k8s::portforward::liveness::SILENT;
 use crate::k8s::portforward::placement::{Newcomer, place};
 use crate::k8s::portforward::ports::Ports;
-use crate::k8s::portforward::spdy::{Load, Phase, PodStream, SILENT, Session};
+use crate::k8s::portforward::spdy::{Load, Phase, PodStream, Session};
 use crate::registry::PodRef;
 use crate::transport::ConnectError;
 

@@ -26,9 +26,9 @@ use tokio::time::Instant;
 use crate::drain::Drain;
 use crate::k8s::portforward::ports::Ports;
 use driver::Driver;
+pub(super) use state::Load;
 pub use state::SlowReaders;
 use state::State;
-pub(super) use state::{Load, SILENT};
 #[cfg(test)]
 pub(super) use state::{MAX_AGE, MAX_OPENED};
 pub(super) use stream::PodStream;

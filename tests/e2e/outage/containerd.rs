@@ -1,15 +1,16 @@
 //! Restarts of the container runtime: those of its sessions that the API server tells of, and those that fall silent.
 
 use kube_tunnel::k8s::Carriers;
+use kube_tunnel::transport::BoxStream;
 use tokio::io::AsyncReadExt;
 use tokio::io::AsyncWriteExt;
 use tokio::time::{Duration, Instant};
 
 use crate::client::fetch;
 use crate::command::{eventually, within};
-use crate::forward::{Forward, echoes};
+use crate::forward::{EACH, Forward, echoes};
 use crate::note::note;
-use crate::outage::Ended;
+use crate::outage::{Ended, Frozen};
 use crate::program::Proxy;
 use crate::scene::Scene;
 
@@ -37,15 +38,8 @@ async fn heals(forward: &Forward) -> Duration {
     began.elapsed()
 }
 
-async fn restart(carriers: Carriers, idle: Duration, active: Duration) {
-    let scene = Scene::alone().await;
-    // A session each, so that what is asked of one is no sign of life for the other.
-    let quiet = Forward::start(scene.shop, carriers).await;
-    let busy = Forward::start(scene.shop, carriers).await;
-    let mut waiting = quiet.echoes(1).await.remove(0);
-    let mut asking = busy.echoes(1).await.remove(0);
-
-    Ended::kill("containerd").await.start().await;
+/// Waits until it is known that two connections are dead, of which one is in use. Returns how long that takes for each.
+async fn ends(waiting: &mut BoxStream, asking: &mut BoxStream) -> (Duration, Duration) {
     let began = Instant::now();
     let told = async {
         within(
@@ -58,7 +52,6 @@ async fn restart(carriers: Carriers, idle: Duration, active: Duration) {
         began.elapsed()
     };
     let told_in_use = async {
-        let asked = Instant::now();
         drop(asking.write_all(b"x").await);
         within(
             ACTIVE + SLACK,
@@ -67,9 +60,21 @@ async fn restart(carriers: Carriers, idle: Duration, active: Duration) {
         )
         .await
         .unwrap_err();
-        asked.elapsed()
+        began.elapsed()
     };
-    let (told, told_in_use) = tokio::join!(told, told_in_use);
+    tokio::join!(told, told_in_use)
+}
+
+async fn restart(carriers: Carriers, idle: Duration, active: Duration) {
+    let scene = Scene::alone().await;
+    // A session each, so that what is asked of one is no sign of life for the other.
+    let quiet = Forward::start(scene.shop, carriers).await;
+    let busy = Forward::start(scene.shop, carriers).await;
+    let mut waiting = quiet.echoes(1).await.remove(0);
+    let mut asking = busy.echoes(1).await.remove(0);
+
+    Ended::kill("containerd").await.start().await;
+    let (told, told_in_use) = ends(&mut waiting, &mut asking).await;
     note(&format!(
         "{carriers:?}: containerd restarted; known after {} ms, in use after {} ms; new connections after {} ms more",
         told.as_millis(),
@@ -91,9 +96,36 @@ async fn a_tunnel_that_dies_in_silence_is_noticed_and_replaced() {
 }
 
 #[tokio::test]
+async fn a_restart_of_the_runtime_ends_channels_in_time() {
+    restart(Carriers::Channel, IDLE, ACTIVE).await;
+}
+
+#[tokio::test]
+async fn a_runtime_that_stands_still_is_noticed_in_every_form() {
+    let scene = Scene::alone().await;
+    for carriers in EACH {
+        let quiet = Forward::start(scene.shop, carriers).await;
+        let busy = Forward::start(scene.shop, carriers).await;
+        let mut waiting = quiet.echoes(1).await.remove(0);
+        let mut asking = busy.echoes(1).await.remove(0);
+        let frozen = Frozen::freeze("containerd").await;
+        let (told, told_in_use) = ends(&mut waiting, &mut asking).await;
+        drop(frozen);
+        let healed = heals(&quiet).await;
+        note(&format!(
+            "{carriers:?}: containerd stands still; known after {} ms, in use after {} ms; new connections {} ms after it goes on",
+            told.as_millis(),
+            told_in_use.as_millis(),
+            healed.as_millis()
+        ));
+        heals(&busy).await;
+    }
+}
+
+#[tokio::test]
 async fn the_program_finds_its_way_back_after_a_restart_of_the_runtime() {
     let scene = Scene::alone().await;
-    for form in ["spdy", "tunnel"] {
+    for form in ["spdy", "tunnel", "channel"] {
         let proxy = Proxy::with(&[&format!("--port-forward={form}")]).await;
         let host = scene.shop.host("web");
         fetch(proxy.address, &host, "/health").await.pod();

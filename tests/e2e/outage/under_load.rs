@@ -81,8 +81,8 @@ async fn a_killed_server_costs_only_what_had_reached_it() {
     tally.lost_only_what_was_sent();
 }
 
-/// Kills a component under load, starts it again, and looks at how long requests failed.
-async fn outage(name: &'static str, healthy: impl AsyncFnMut() -> bool) {
+/// Ends a component under load, starts it again, and looks at how long requests failed.
+async fn outage(how: &str, name: &'static str, healthy: impl AsyncFnMut() -> bool) {
     let rolling = Rolling::create(name, 3).await;
     let proxy = Proxy::start().await;
     all_answer(&rolling, &proxy, 3).await;
@@ -90,7 +90,7 @@ async fn outage(name: &'static str, healthy: impl AsyncFnMut() -> bool) {
     load.another_thousand().await;
 
     let killed = Instant::now();
-    Ended::kill(name).await.start().await;
+    Ended::end(how, name).await.start().await;
     eventually(name, healthy).await;
     let back = killed.elapsed();
     all_answer(&rolling, &proxy, 3).await;
@@ -99,7 +99,7 @@ async fn outage(name: &'static str, healthy: impl AsyncFnMut() -> bool) {
     let tally = load.stop().await;
     let failed = failed_for(&tally, killed);
     let scenario = format!(
-        "{name} killed, healthy again after {} ms; requests failed until {} ms after the kill",
+        "`component {how} {name}`, healthy again after {} ms; requests failed until {} ms after it",
         back.as_millis(),
         failed.as_millis()
     );
@@ -116,11 +116,17 @@ async fn a_load_survives_the_kubelet() {
     let _scene = Scene::alone().await;
     let path = "jsonpath={.items[0].metadata.name}";
     let node = run("kubectl", &["get", "nodes", "-o", path]).await.succeeded();
-    outage("kubelet", async || kubelet_is_healthy(&node).await).await;
+    outage("kill", "kubelet", async || kubelet_is_healthy(&node).await).await;
 }
 
 #[tokio::test]
 async fn a_load_survives_the_api_server() {
     let _scene = Scene::alone().await;
-    outage("kube-apiserver", api_server_is_ready).await;
+    outage("kill", "kube-apiserver", api_server_is_ready).await;
+}
+
+#[tokio::test]
+async fn a_load_survives_an_api_server_that_says_goodbye() {
+    let _scene = Scene::alone().await;
+    outage("stop", "kube-apiserver", api_server_is_ready).await;
 }

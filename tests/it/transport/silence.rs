@@ -30,11 +30,15 @@ const SLACK: Duration = Duration::from_millis(500);
 type Silence = fn(&FakeCluster, &Workload);
 
 /// A form of port-forward, and how its sessions go silent.
-const WAYS: [(&str, Silence); 2] = [
+const WAYS: [(&str, Silence); 3] = [
     ("tunnel", |cluster, _| {
         cluster.forwards().restart_runtime();
     }),
     ("spdy", |cluster, workload| {
+        let pod = &workload.pods[0].name;
+        cluster.forwards().silence_sessions("shop", pod);
+    }),
+    ("channel", |cluster, workload| {
         let pod = &workload.pods[0].name;
         cluster.forwards().silence_sessions("shop", pod);
     }),

@@ -19,8 +19,6 @@ use slab::Slab;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
-pub(in crate::k8s::portforward) use clock::SILENT;
-
 use crate::k8s::portforward::ports::{Ports, Size};
 use crate::k8s::portforward::spdy::chunks::{Chunk, Spare};
 use crate::k8s::portforward::spdy::entry::{Entry, Half, Ours, Outcome};

@@ -6,6 +6,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::k8s::portforward::liveness::{
+    ACTIVE, ACTIVE_ANSWER, ANSWER, JUMP, LINGER, LIVELY, QUIET, SILENT, SWALLOWED,
+};
 use crate::k8s::portforward::spdy::entry::Ours;
 use crate::k8s::portforward::spdy::state::State;
 
@@ -15,14 +18,8 @@ const HELD_UP: Duration = Duration::from_secs(5);
 /// How long payload may wait before its worker is asked whether it was handed over.
 const UNHANDED: Duration = Duration::from_secs(1);
 
-/// Payload that the socket of every application takes, whether or not the application reads.
-const SWALLOWED: usize = 64 << 10;
-
 /// How long a runtime may take to take a new stream, before the session counts as broken for newcomers.
 const REPLY: Duration = Duration::from_secs(3);
-
-/// How long an end that would cut off an answer is held back while the pod is silent.
-const LINGER: Duration = Duration::from_secs(30);
 
 /// How long payload is held back from a port that may refuse: where it does, payload that arrives later than the refusal
 /// stops a worker of the peer for good. A refusal takes a few milliseconds.
@@ -30,23 +27,6 @@ const GUARD: Duration = Duration::from_millis(20);
 
 /// How often connections that wait for a time are looked at; sooner while payload is held back from a port.
 const TICK: Duration = Duration::from_millis(100);
-
-/// A connection is asked for a sign of life after this silence, sooner while something is under way.
-const QUIET: Duration = Duration::from_secs(5);
-const ACTIVE: Duration = Duration::from_secs(2);
-
-/// How long after payload has moved, either way, something counts as under way.
-const LIVELY: Duration = Duration::from_secs(6);
-
-/// How long the answer may take: together at most 15 s, and 6 s while something is under way.
-const ANSWER: Duration = Duration::from_secs(10);
-const ACTIVE_ANSWER: Duration = Duration::from_secs(4);
-
-/// A tick that comes later than this was held up by more than a busy machine: the machine slept.
-const JUMP: Duration = Duration::from_secs(2);
-
-/// Why a session ends that no sign of life has come from.
-pub(in crate::k8s::portforward) const SILENT: &str = "the server does not answer any more";
 
 impl State {
     /// Returns when [`State::tick`] is to be called next.

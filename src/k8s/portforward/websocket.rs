@@ -1,7 +1,11 @@
-//! A byte stream inside a WebSocket: the connection of a SPDY port-forward that is tunnelled through `GET .../portforward`
-//! (KEP-4006), client side. The bytes are cut into binary messages anywhere, so message edges mean nothing here: whatever a
-//! data frame carries is handed on as it arrives. What the bytes say, and whether the peer is alive, is the session's matter.
+//! A byte stream inside a WebSocket (RFC 6455), client side: `GET .../portforward` has two.
+//!
+//! A tunnel (KEP-4006) is the connection of a SPDY port-forward. Its bytes are cut into binary messages anywhere, so message
+//! edges mean nothing: whatever a data frame carries is handed on as it arrives. Channels ([`channels`]) are one connection to
+//! one port, and each message begins with the number of its channel. What the bytes say, and whether the peer is alive, is the
+//! matter of whoever reads them.
 
+mod channels;
 mod frame;
 pub(super) mod handshake;
 mod inbound;
@@ -17,10 +21,11 @@ use std::task::{Context, Poll, Wake, Waker, ready};
 use futures_util::task::AtomicWaker;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 
+use channels::Channels;
 use inbound::Inbound;
 use outbound::Outbound;
 
-/// The byte stream over an upgraded connection `S`.
+/// A byte stream over an upgraded connection `S`.
 ///
 /// Reading ends with 0 bytes after a Close of code 1000 or 1001 or without a code, and otherwise with an error that every
 /// later read repeats:
@@ -28,7 +33,8 @@ use outbound::Outbound;
 /// - `ConnectionAborted`: a Close of another code, which the error names together with the reason;
 /// - `UnexpectedEof`: the connection ended without a Close. A whole number of SPDY frames may have been read until then, so
 ///   this is told apart from the orderly end although a session takes both for its own. After a Close of ours it is the
-///   orderly end.
+///   orderly end;
+/// - what `cause::kind` makes of the text that came on the error channel, if there is one.
 ///
 /// PINGs are answered, and a Close is replied to, by whatever is polled next, so that a user who only reads is enough. If
 /// the connection takes no bytes then, only the last PING is answered (§5.5.3). The reply to a Close is sent as far as the
@@ -40,7 +46,7 @@ use outbound::Outbound;
 ///
 /// All of it is cancel-safe: a frame half written stays here, and whoever polls next goes on with it. The two halves may be
 /// polled by two tasks.
-pub(super) struct Tunnel<S> {
+pub(super) struct WebSocket<S> {
     stream: S,
     inbound: Inbound,
     outbound: Outbound,
@@ -68,17 +74,46 @@ impl Wake for Waiting {
     }
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> Tunnel<S> {
-    /// Takes a connection right after the 101 whose headers [`handshake::Handshake::check`] has found good.
-    pub(super) fn new(stream: S) -> Self {
+impl<S: AsyncRead + AsyncWrite + Unpin> WebSocket<S> {
+    /// Takes the connection of a tunnel right after the 101 whose headers [`handshake::Handshake::check`] has found good.
+    pub(super) fn tunnel(stream: S) -> Self {
+        Self::new(stream, None, &[])
+    }
+
+    /// Takes that of channels: bytes are those of the first port's data channel.
+    pub(super) fn channels(stream: S) -> Self {
+        Self::new(stream, Some(Channels::default()), &[channels::DATA])
+    }
+
+    fn new(stream: S, channels: Option<Channels>, prefix: &'static [u8]) -> Self {
         let waiting = Arc::new(Waiting::default());
         Self {
             stream,
-            inbound: Inbound::new(),
-            outbound: Outbound::new(),
+            inbound: Inbound::new(channels),
+            outbound: Outbound::new(prefix),
             waker: Waker::from(Arc::clone(&waiting)),
             waiting,
         }
+    }
+
+    /// Has a PING sent with whatever is polled next; see [`WebSocket::pongs`].
+    pub(super) fn ping(&mut self) {
+        self.outbound.ping();
+    }
+
+    /// Counts the PONGs that have come.
+    pub(super) fn pongs(&self) -> u64 {
+        self.inbound.pongs()
+    }
+
+    /// Counts how often anything has come.
+    pub(super) fn reads(&self) -> u64 {
+        self.inbound.reads()
+    }
+
+    /// Returns the error that has ended the stream, if one has.
+    pub(super) fn failure(&self) -> Option<io::Error> {
+        self.inbound.end()?.result().err()
     }
 
     fn poll_data(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
@@ -109,7 +144,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Tunnel<S> {
 
     /// Sends what the peer is owed, as far as the connection takes it. An error is left to the next read or write, which
     /// meets it too.
-    fn reply(&mut self, cx: &Context<'_>) {
+    pub(super) fn reply(&mut self, cx: &Context<'_>) {
         if self.outbound.owes() {
             self.waiting.reader.register(cx.waker());
             let mut both = Context::from_waker(&self.waker);
@@ -118,7 +153,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Tunnel<S> {
     }
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Tunnel<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for WebSocket<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let result = this.poll_data(cx, buf);
@@ -127,7 +162,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Tunnel<S> {
     }
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Tunnel<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for WebSocket<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         this.waiting.writer.register(cx.waker());

@@ -99,10 +99,10 @@ pub(super) fn close(payload: &[u8]) -> Result<Option<(u16, String)>, &'static st
     }
 }
 
-/// Appends a whole frame, masked with `key` (§5.3).
-pub(super) fn encode(opcode: Opcode, payload: &[u8], key: [u8; 4], into: &mut Vec<u8>) {
+/// Appends a whole frame, masked with `key` (§5.3). Its payload is in two parts.
+pub(super) fn encode(opcode: Opcode, prefix: &[u8], payload: &[u8], key: [u8; 4], into: &mut Vec<u8>) {
     into.push(FIN | opcode as u8);
-    match payload.len() {
+    match prefix.len() + payload.len() {
         short @ ..=125 => into.push(MASKED | short as u8),
         middle @ ..=0xFFFF => {
             into.push(MASKED | 126);
@@ -115,6 +115,7 @@ pub(super) fn encode(opcode: Opcode, payload: &[u8], key: [u8; 4], into: &mut Ve
     }
     into.extend_from_slice(&key);
     let start = into.len();
+    into.extend_from_slice(prefix);
     into.extend_from_slice(payload);
     mask(&mut into[start..], key);
 }

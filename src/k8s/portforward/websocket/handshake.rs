@@ -8,8 +8,11 @@ use http::header::{
 };
 use sha1::{Digest, Sha1};
 
-/// The subprotocol as servers know it (`apimachinery:pkg/util/portforward/constants.go`); the KEP's text has another.
-const PROTOCOL: &str = "SPDY/3.1+portforward.k8s.io";
+/// The subprotocol of tunnels as servers know it (`apimachinery:pkg/util/portforward/constants.go`); the KEP's text has another.
+pub(in crate::k8s::portforward) const TUNNEL: &str = "SPDY/3.1+portforward.k8s.io";
+
+/// That of channels.
+pub(in crate::k8s::portforward) const CHANNELS: &str = "v4.channel.k8s.io";
 
 /// The GUID of RFC 6455 §1.3.
 const GUID: &[u8] = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
@@ -18,6 +21,7 @@ const GUID: &[u8] = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 #[derive(Debug)]
 pub(in crate::k8s::portforward) struct Handshake {
     key: String,
+    protocol: &'static str,
 }
 
 /// What is wrong with a 101: whoever answered does not speak the tunnel's protocol.
@@ -32,11 +36,12 @@ pub(in crate::k8s::portforward) enum Mismatch {
 }
 
 impl Handshake {
-    /// Begins a handshake with a random key.
-    pub(in crate::k8s::portforward) fn new() -> Self {
+    /// Begins a handshake for a subprotocol, with a random key.
+    pub(in crate::k8s::portforward) fn new(protocol: &'static str) -> Self {
         let nonce = fastrand::u128(..).to_ne_bytes();
         Self {
             key: STANDARD.encode(nonce),
+            protocol,
         }
     }
 
@@ -47,7 +52,7 @@ impl Handshake {
         headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
         headers.insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
         headers.insert(SEC_WEBSOCKET_KEY, key);
-        headers.insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(PROTOCOL));
+        headers.insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(self.protocol));
     }
 
     /// Checks the headers of a 101 to the request.
@@ -67,7 +72,7 @@ impl Handshake {
             ),
             (
                 SEC_WEBSOCKET_PROTOCOL,
-                value(SEC_WEBSOCKET_PROTOCOL) == Some(PROTOCOL),
+                value(SEC_WEBSOCKET_PROTOCOL) == Some(self.protocol),
             ),
         ];
         if let Some((wrong, _)) = checks.into_iter().find(|(_, right)| !right) {
@@ -93,12 +98,13 @@ mod tests {
     fn example() -> (Handshake, HeaderMap) {
         let handshake = Handshake {
             key: "dGhlIHNhbXBsZSBub25jZQ==".to_owned(),
+            protocol: TUNNEL,
         };
         let answer = [
             (UPGRADE, "WebSocket"),
             (CONNECTION, "keep-alive, Upgrade"),
             (SEC_WEBSOCKET_ACCEPT, "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="),
-            (SEC_WEBSOCKET_PROTOCOL, PROTOCOL),
+            (SEC_WEBSOCKET_PROTOCOL, TUNNEL),
         ];
         let answer = answer.map(|(name, value)| (name, HeaderValue::from_static(value)));
         (handshake, HeaderMap::from_iter(answer))
@@ -114,7 +120,7 @@ mod tests {
     fn an_answer_with_one_header_missing_or_wrong_is_refused() {
         for name in [UPGRADE, CONNECTION, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_PROTOCOL] {
             let (handshake, mut answer) = example();
-            answer.insert(&name, HeaderValue::from_static("v4.channel.k8s.io"));
+            answer.insert(&name, HeaderValue::from_static(CHANNELS));
             assert_eq!(handshake.check(&answer), Err(Mismatch::Header(name.clone())));
             answer.remove(&name);
             assert_eq!(handshake.check(&answer), Err(Mismatch::Header(name)));
@@ -135,7 +141,7 @@ mod tests {
     fn each_request_has_a_key_of_16_bytes_of_its_own() {
         let key = || {
             let mut headers = HeaderMap::new();
-            Handshake::new().request(&mut headers);
+            Handshake::new(TUNNEL).request(&mut headers);
             STANDARD.decode(&headers[SEC_WEBSOCKET_KEY]).unwrap()
         };
         let (one, other) = (key(), key());

@@ -1,6 +1,7 @@
 //! What goes to the peer: whole frames, written out in whatever pieces the connection takes.
 
 use std::io;
+use std::mem;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -13,13 +14,17 @@ pub(super) const LONGEST_DATA: usize = 64 << 10;
 
 /// The state of the outgoing half.
 pub(super) struct Outbound {
+    /// What each message begins with.
+    prefix: &'static [u8],
     /// Whole frames, of which `written` bytes are with the connection already. Kept when empty, so that it grows only once.
     frames: Vec<u8>,
     written: usize,
     /// The payload of the last PING without an answer.
     pong: Option<Control>,
     close: Close,
-    /// Whether a control frame is in `frames`, or with the connection and not flushed.
+    /// Whether a PING is to be sent.
+    ping: bool,
+    /// Whether anything is in `frames`, or with the connection and not flushed.
     unflushed: bool,
     /// Makes the masking keys. They shall keep scripts in a browser from choosing the bytes on the wire (§10.3), which
     /// nobody does here, so a fast generator will do.
@@ -43,12 +48,14 @@ enum Close {
 }
 
 impl Outbound {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(prefix: &'static [u8]) -> Self {
         Self {
+            prefix,
             frames: Vec::new(),
             written: 0,
             pong: None,
             close: Close::No,
+            ping: false,
             unflushed: false,
             random: fastrand::Rng::new(),
         }
@@ -64,7 +71,7 @@ impl Outbound {
         }
         let (data, _) = data.split_at(data.len().min(LONGEST_DATA));
         if !data.is_empty() {
-            self.encode(Opcode::Binary, data);
+            self.encode(Opcode::Binary, self.prefix, data);
         }
         Ok(data.len())
     }
@@ -80,6 +87,11 @@ impl Outbound {
         self.pong = Some(Control { bytes, length });
     }
 
+    /// Sends a PING, unless our Close is out.
+    pub(super) fn ping(&mut self) {
+        self.ping = !matches!(self.close, Close::Sent);
+    }
+
     /// Sends a Close frame, unless there has been one: it is the last frame (§5.5.1).
     pub(super) fn close(&mut self, code: Option<u16>) {
         if !self.is_closed() {
@@ -92,9 +104,9 @@ impl Outbound {
         !matches!(self.close, Close::No)
     }
 
-    /// Whether control frames are to be written or flushed.
+    /// Whether frames are to be written or flushed.
     pub(super) fn owes(&self) -> bool {
-        self.unflushed || self.pong.is_some() || matches!(self.close, Close::Due(_))
+        self.unflushed || self.ping || self.pong.is_some() || matches!(self.close, Close::Due(_))
     }
 
     /// Writes all frames to the connection, control frames at the next edge between frames.
@@ -136,19 +148,22 @@ impl Outbound {
 
     fn push_control(&mut self) {
         if let Some(Control { bytes, length }) = self.pong.take() {
-            self.encode(Opcode::Pong, &bytes[..length]);
-            self.unflushed = true;
+            self.encode(Opcode::Pong, &[], &bytes[..length]);
+        }
+        if mem::take(&mut self.ping) {
+            self.encode(Opcode::Ping, &[], &[]);
         }
         if let Close::Due(code) = self.close {
             let code = code.map(u16::to_be_bytes);
-            self.encode(Opcode::Close, code.as_ref().map_or(&[], |code| code.as_slice()));
+            let code = code.as_ref().map_or(&[][..], |code| code);
+            self.encode(Opcode::Close, &[], code);
             self.close = Close::Sent;
-            self.unflushed = true;
         }
     }
 
-    fn encode(&mut self, opcode: Opcode, payload: &[u8]) {
+    fn encode(&mut self, opcode: Opcode, prefix: &[u8], payload: &[u8]) {
         let key = self.random.u32(..).to_ne_bytes();
-        frame::encode(opcode, payload, key, &mut self.frames);
+        frame::encode(opcode, prefix, payload, key, &mut self.frames);
+        self.unflushed = true;
     }
 }

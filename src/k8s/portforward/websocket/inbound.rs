@@ -7,9 +7,11 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, ReadBuf};
 
+use super::channels::Channels;
 use super::frame::{self, GOING_AWAY, Header, NORMAL, Opcode, PROTOCOL_ERROR};
 use super::outbound::Outbound;
 use crate::k8s::error;
+use crate::k8s::portforward::cause;
 
 /// Bytes read at once for headers and small frames. Larger ones also begin here and pay for it with a copy, so no more than
 /// what makes reads of small frames rare.
@@ -25,6 +27,11 @@ pub(super) struct Inbound {
     left: u64,
     /// Whether the last data frame was not its message's final one.
     open: bool,
+    /// Which part of a message is data, if not all of it.
+    channels: Option<Channels>,
+    /// How many PONGs have come, and how often anything.
+    pongs: u64,
+    reads: u64,
     ended: Option<End>,
 }
 
@@ -48,13 +55,16 @@ impl End {
 }
 
 impl Inbound {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(channels: Option<Channels>) -> Self {
         Self {
             buffer: vec![0; BUFFER].into_boxed_slice(),
             start: 0,
             end: 0,
             left: 0,
             open: false,
+            channels,
+            pongs: 0,
+            reads: 0,
             ended: None,
         }
     }
@@ -64,23 +74,26 @@ impl Inbound {
         self.ended.as_ref()
     }
 
+    /// Counts the PONGs that have come.
+    pub(super) fn pongs(&self) -> u64 {
+        self.pongs
+    }
+
+    /// Counts how often anything has come.
+    pub(super) fn reads(&self) -> u64 {
+        self.reads
+    }
+
     /// Moves the data in the buffer to `out`, until one of them is used up or the stream ends. Control frames in between
     /// are answered through `replies`.
     pub(super) fn decode(&mut self, out: &mut ReadBuf<'_>, replies: &mut Outbound) {
         while self.ended.is_none() && out.remaining() > 0 {
-            if self.left > 0 {
-                let wanted = clamp(self.left, out.remaining());
-                let (data, _) = self.buffered().split_at(wanted.min(self.end - self.start));
-                if data.is_empty() {
-                    return;
-                }
-                out.put_slice(data);
-                let taken = data.len();
-                self.start += taken;
-                self.left -= taken as u64;
-                continue;
-            }
-            match frame::header(self.buffered()).and_then(|header| self.begin(header, replies)) {
+            let moved = if self.left > 0 {
+                self.payload(out)
+            } else {
+                frame::header(self.buffered()).and_then(|header| self.begin(header, replies))
+            };
+            match moved {
                 Ok(true) => {}
                 Ok(false) => return,
                 Err(text) => {
@@ -88,18 +101,44 @@ impl Inbound {
                     self.ended = Some(End::Broken(io::ErrorKind::InvalidData, text.into()));
                 }
             }
+            if self.left == 0
+                && !self.open
+                && let Some(text) = self.channels.as_mut().and_then(Channels::failure)
+            {
+                replies.close(Some(NORMAL));
+                self.ended = Some(End::Broken(cause::kind(&text), error::one_line(&text).into()));
+            }
         }
+    }
+
+    /// Moves payload out of the buffer. Tells whether there was any.
+    fn payload(&mut self, out: &mut ReadBuf<'_>) -> Result<bool, &'static str> {
+        let buffered = &self.buffer[self.start..self.end];
+        let (payload, _) = buffered.split_at(clamp(self.left, buffered.len()));
+        let taken = match &mut self.channels {
+            Some(channels) if !channels.is_data() => channels.take(payload)?,
+            _ => {
+                let (data, _) = payload.split_at(payload.len().min(out.remaining()));
+                out.put_slice(data);
+                data.len()
+            }
+        };
+        self.start += taken;
+        self.left -= taken as u64;
+        Ok(taken > 0)
     }
 
     /// How much of the payload is better read without the buffer, when `room` is what the caller has for it: all that is
     /// more than the buffer would take.
     pub(super) fn direct(&self, room: usize) -> Option<u64> {
-        (self.start == self.end && clamp(self.left, room) >= BUFFER).then_some(self.left)
+        let is_data = self.channels.as_ref().is_none_or(Channels::is_data);
+        (is_data && self.start == self.end && clamp(self.left, room) >= BUFFER).then_some(self.left)
     }
 
     /// Counts payload that was read without the buffer, in bytes.
     pub(super) fn passed(&mut self, read: usize) {
         self.left -= read as u64;
+        self.reads += 1;
     }
 
     /// Reads into the buffer. It has room: what [`Inbound::decode`] leaves is less than the largest header with the
@@ -118,6 +157,7 @@ impl Inbound {
         ready!(Pin::new(stream).poll_read(cx, &mut room))?;
         let read = room.filled().len();
         self.end += read;
+        self.reads += 1;
         Poll::Ready(Ok(read))
     }
 
@@ -145,6 +185,11 @@ impl Inbound {
             if self.open != (header.opcode == Opcode::Continuation) {
                 return Err("the WebSocket peer sent a fragment out of order");
             }
+            if header.opcode == Opcode::Binary
+                && let Some(channels) = &mut self.channels
+            {
+                channels.begin();
+            }
             self.open = !header.is_final;
             self.left = header.length;
             self.start += header.size;
@@ -161,7 +206,8 @@ impl Inbound {
                 replies.close(close.as_ref().map(|(code, _)| *code));
                 self.ended = Some(ended(close));
             }
-            Opcode::Pong | Opcode::Continuation | Opcode::Binary => {}
+            Opcode::Pong => self.pongs += 1,
+            Opcode::Continuation | Opcode::Binary => {}
         }
         self.start += whole;
         Ok(true)

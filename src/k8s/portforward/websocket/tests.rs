@@ -1,5 +1,7 @@
 //! The tunnel over a scripted connection, over a pipe, and against another implementation.
 
+mod channels;
+
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -76,8 +78,8 @@ impl AsyncWrite for Wire {
     }
 }
 
-fn tunnel(pieces: impl IntoIterator<Item = Vec<u8>>) -> Tunnel<Wire> {
-    Tunnel::new(Wire {
+fn tunnel(pieces: impl IntoIterator<Item = Vec<u8>>) -> WebSocket<Wire> {
+    WebSocket::tunnel(Wire {
         pieces: pieces.into_iter().collect(),
         takes: vec![usize::MAX],
         ..Wire::default()
@@ -154,7 +156,7 @@ fn cut(mut bytes: &[u8], sizes: &[usize]) -> Vec<Vec<u8>> {
 }
 
 /// Reads to the end with buffers of the given sizes, over and over.
-async fn read_all(tunnel: &mut Tunnel<Wire>, rooms: &[usize]) -> (Vec<u8>, io::Result<()>) {
+async fn read_all(tunnel: &mut WebSocket<Wire>, rooms: &[usize]) -> (Vec<u8>, io::Result<()>) {
     let mut seen = Vec::new();
     for room in rooms.iter().cycle() {
         let mut buffer = vec![0; *room];
@@ -262,11 +264,12 @@ proptest! {
         cuts in sizes(),
     ) {
         let bytes = [vec![first, second], tail].concat();
-        let read = |pieces: Vec<Vec<u8>>| {
-            let (seen, end) = block_on(read_all(&mut tunnel(pieces), &[64]));
+        let read = |mut websocket: WebSocket<Wire>| {
+            let (seen, end) = block_on(read_all(&mut websocket, &[64]));
             (seen, end.map_err(|error| (error.kind(), error.to_string())))
         };
-        prop_assert_eq!(read(cut(&bytes, &cuts)), read(vec![bytes]));
+        prop_assert_eq!(read(tunnel(cut(&bytes, &cuts))), read(tunnel([bytes.clone()])));
+        prop_assert_eq!(read(channels::of(cut(&bytes, &cuts))), read(channels::of([bytes])));
     }
 }
 
@@ -413,7 +416,8 @@ async fn a_write_waits_for_the_frame_before_it() {
     let mut tunnel = tunnel([]);
     tunnel.stream.takes = vec![5, 0];
     let mut cx = Context::from_waker(Waker::noop());
-    let write = |tunnel: &mut Tunnel<Wire>, cx: &mut Context<'_>| Pin::new(tunnel).poll_write(cx, &[7; 100]);
+    let write =
+        |tunnel: &mut WebSocket<Wire>, cx: &mut Context<'_>| Pin::new(tunnel).poll_write(cx, &[7; 100]);
     assert!(matches!(write(&mut tunnel, &mut cx), Poll::Ready(Ok(100))));
     assert!(write(&mut tunnel, &mut cx).is_pending());
     tunnel.flush().await.unwrap();
@@ -427,7 +431,7 @@ async fn a_write_waits_for_the_frame_before_it() {
 #[tokio::test]
 async fn a_reader_that_gave_up_sending_a_pong_does_not_keep_the_writer_asleep() {
     let (near, mut far) = tokio::io::duplex(16);
-    let (mut reader, mut writer) = tokio::io::split(Tunnel::new(near));
+    let (mut reader, mut writer) = tokio::io::split(WebSocket::tunnel(near));
     let writing = TaskTracker::new().spawn(async move {
         writer.write_all(&[1; 40]).await?;
         writer.flush().await
@@ -478,7 +482,7 @@ mod tungstenite {
             }
             pongs
         });
-        let (mut reader, mut writer) = tokio::io::split(Tunnel::new(near));
+        let (mut reader, mut writer) = tokio::io::split(WebSocket::tunnel(near));
         let data = noise(2_000_000);
         let sent = data.clone();
         let writing = TaskTracker::new().spawn(async move {
@@ -502,7 +506,7 @@ mod tungstenite {
 
     #[test]
     fn another_implementations_answer_to_the_handshake_is_good() {
-        let handshake = handshake::Handshake::new();
+        let handshake = handshake::Handshake::new(handshake::TUNNEL);
         let mut headers = http::HeaderMap::new();
         handshake.request(&mut headers);
         let accept = derive_accept_key(headers["sec-websocket-key"].as_bytes());
