@@ -8,7 +8,7 @@ use super::received::Seen;
 const QUEUE: usize = 50;
 
 /// The largest payload of a frame.
-const MOST_PAYLOAD: usize = 128 << 10;
+const MOST_PAYLOAD: usize = 512 << 10;
 
 /// The id of a stream that is refused by the read loop, and takes no worker's time.
 const PROBE: u32 = 1;

@@ -26,6 +26,11 @@ const LIMIT: u64 = 40;
 const LIMIT_NEAR: u64 = 24;
 const NEAR: Duration = Duration::from_millis(2);
 
+/// Payload that may be on its way to one worker, in bytes: what the peer keeps for an application that stops reading. It grows
+/// with what the worker has handed over, to a quarter of that: more under way means fewer switches on every hop.
+const LIMIT_BYTES: u64 = 5 << 20;
+const LIMIT_BYTES_GROWN: u64 = 20 << 20;
+
 /// Frames under way to a worker that is busy: more than the openings and first bytes of some connections.
 const BUSY: u64 = LIMIT_NEAR / 2;
 
@@ -54,6 +59,12 @@ struct Worker {
     handed: u64,
     /// How many were sent since its last PING.
     since_ping: u64,
+    /// Payload that was sent to it, that it has certainly handed over, and that was sent up to its last PING, in bytes.
+    bytes_sent: u64,
+    bytes_handed: u64,
+    bytes_asked: u64,
+    /// The frames with payload that it has not certainly handed over: their places, and all payload up to their ends.
+    payloads: VecDeque<(u64, u64)>,
     /// A frame that nobody may have been left to take: what has been sent by then must be proven to have passed.
     suspect: Option<u64>,
 }
@@ -61,6 +72,14 @@ struct Worker {
 impl Worker {
     fn outstanding(&self) -> u64 {
         self.sent - self.handed
+    }
+
+    fn outstanding_bytes(&self) -> u64 {
+        self.bytes_sent - self.bytes_handed
+    }
+
+    fn limit_bytes(&self) -> u64 {
+        (self.bytes_handed / 4).clamp(LIMIT_BYTES, LIMIT_BYTES_GROWN)
     }
 }
 
@@ -82,10 +101,31 @@ impl Workers {
         worker.sent
     }
 
+    /// Counts a frame with so much payload, and returns its place.
+    pub(super) fn sent_payload(&mut self, class: usize, bytes: usize) -> u64 {
+        let position = self.sent(class);
+        let worker = &mut self.workers[class % WORKERS];
+        worker.bytes_sent += bytes as u64;
+        worker.payloads.push_back((position, worker.bytes_sent));
+        position
+    }
+
+    /// Counts more payload in the last such frame, which has not left.
+    pub(super) fn grown(&mut self, class: usize, bytes: usize) {
+        let worker = &mut self.workers[class % WORKERS];
+        worker.bytes_sent += bytes as u64;
+        if let Some((_, end)) = worker.payloads.back_mut() {
+            *end = worker.bytes_sent;
+        }
+    }
+
     /// Notes that the worker has handed over everything up to a frame.
     pub(super) fn handed(&mut self, class: usize, position: u64) {
         let worker = &mut self.workers[class % WORKERS];
         worker.handed = worker.handed.max(position.min(worker.sent));
+        while let Some((_, end)) = worker.payloads.pop_front_if(|(place, _)| *place <= worker.handed) {
+            worker.bytes_handed = end;
+        }
         if worker.suspect.is_some_and(|doubted| worker.handed > doubted) {
             worker.suspect = None;
         }
@@ -99,7 +139,8 @@ impl Workers {
 
     /// Tells whether another frame of payload may be sent to a worker.
     pub(super) fn credit(&self, class: usize, shared: bool) -> bool {
-        self.workers[class % WORKERS].outstanding() < self.limit(shared)
+        let worker = &self.workers[class % WORKERS];
+        worker.outstanding() < self.limit(shared) && worker.outstanding_bytes() < worker.limit_bytes()
     }
 
     /// Tells whether a frame that ends something may be sent to a worker.
@@ -120,6 +161,8 @@ impl Workers {
                 .suspect
                 .is_some_and(|doubted| worker.sent - worker.since_ping <= doubted)
                 || worker.outstanding() >= limit / 2 && worker.since_ping >= limit / 4
+                || worker.outstanding_bytes() >= worker.limit_bytes() / 2
+                    && worker.bytes_sent - worker.bytes_asked >= worker.limit_bytes() / 4
         };
         self.workers.iter().any(due)
     }
@@ -142,7 +185,9 @@ impl Workers {
             let id = self.pings.wrapping_mul(2).wrapping_add(1);
             self.pings = self.pings.wrapping_add(1);
             let position = self.sent(class);
-            self.workers[class].since_ping = 0;
+            let worker = &mut self.workers[class];
+            worker.since_ping = 0;
+            worker.bytes_asked = worker.bytes_sent;
             self.unanswered.push_back(Ping {
                 id,
                 class,
@@ -254,6 +299,43 @@ mod tests {
         workers.pong(ids[2], now);
         assert!(workers.credit(2, false));
         assert_eq!(workers.workers[2].outstanding(), 0);
+    }
+
+    #[test]
+    fn large_frames_are_counted_by_their_bytes_and_asked_after_in_time() {
+        let (mut workers, now) = (Workers::default(), Instant::now());
+        let mut sent = 0;
+        while workers.credit(0, false) {
+            workers.sent_payload(0, 1 << 19);
+            workers.grown(0, 1 << 19);
+            sent += 1 << 20;
+            assert!(
+                sent < LIMIT_BYTES || workers.is_round_due(false),
+                "nobody would ask"
+            );
+        }
+        assert_eq!(sent, LIMIT_BYTES);
+        assert!(workers.credit(1, false), "another worker is free");
+        let ids = round(&mut workers, now);
+        assert!(!workers.is_round_due(false), "it was asked");
+        workers.pong(ids[0], now);
+        assert_eq!(workers.workers[0].outstanding_bytes(), 0);
+
+        // Whatever proves that a frame has been handed over frees what came up to it, and no more.
+        let first = workers.sent_payload(0, LIMIT_BYTES as usize);
+        workers.sent_payload(0, 1);
+        workers.handed(0, first - 1);
+        assert!(!workers.credit(0, false));
+        workers.handed(0, first);
+        assert_eq!(workers.workers[0].outstanding_bytes(), 1);
+
+        // An application that has read much gets more at once.
+        let last = workers.sent_payload(0, 4 * LIMIT_BYTES_GROWN as usize);
+        workers.handed(0, last);
+        workers.sent_payload(0, LIMIT_BYTES_GROWN as usize - 1);
+        assert!(workers.credit(0, false));
+        workers.grown(0, 1);
+        assert!(!workers.credit(0, false));
     }
 
     #[test]

@@ -25,9 +25,9 @@ pub(super) const PAIR: u32 = 2 * WORKERS as u32;
 const MAX_ID: u32 = (1 << 31) - 1;
 
 /// Payload of one frame, and of one connection in one batch: what a neighbour's frame may have to wait for. The queue of the
-/// peer counts frames, so a connection that is alone sends larger ones.
+/// peer counts frames, and handles each as a whole on every hop, so a connection that is alone sends larger ones.
 const FRAME: usize = 64 << 10;
-const FRAME_ALONE: usize = 128 << 10;
+const FRAME_ALONE: usize = 512 << 10;
 
 /// Where a batch is full.
 const MAX_BATCH: usize = 1 << 20;
@@ -98,9 +98,10 @@ impl State {
         let start = begun.map_or(end, |(_, start, _)| start);
         if begun.is_some() {
             frame::extend(&mut self.out, start, parts, sent);
+            self.workers.grown(place.class, sent);
         } else {
             frame::data(&mut self.out, place.id, parts, sent);
-            entry.last_payload = self.workers.sent(place.class);
+            entry.last_payload = self.workers.sent_payload(place.class, sent);
         }
         self.last_data = Some((place.id, start, self.out.len()));
         entry.batch.1 += sent;
