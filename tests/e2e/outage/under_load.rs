@@ -83,7 +83,7 @@ async fn a_killed_server_costs_only_what_had_reached_it() {
 
 /// Ends a component under load, starts it again, and looks at how long requests failed.
 async fn outage(how: &str, name: &'static str, healthy: impl AsyncFnMut() -> bool) {
-    let rolling = Rolling::create(name, 3).await;
+    let rolling = Rolling::create(&format!("{how}-{name}"), 3).await;
     let proxy = Proxy::start().await;
     all_answer(&rolling, &proxy, 3).await;
     let load = Load::start(proxy.address, &rolling.host);
