@@ -53,8 +53,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Channel<S> {
     fn poll_time(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             let now = Instant::now();
-            let (reads, pongs) = (self.websocket.reads(), self.websocket.pongs());
-            match self.life.look(reads, pongs > 0, now) {
+            let (reads, answers) = (self.websocket.reads(), self.websocket.has_answered());
+            match self.life.look(reads, answers, now) {
                 Act::Wait(until) => {
                     if self.sleep.deadline() != until {
                         self.sleep.as_mut().reset(until);
@@ -226,8 +226,11 @@ impl Life {
 
     /// Returns when to look next.
     fn due(&self) -> Instant {
-        self.closing_due()
-            .map_or(self.silence_due(), |closing| closing.min(self.silence_due()))
+        self.or_closing(self.silence_due())
+    }
+
+    fn or_closing(&self, when: Instant) -> Instant {
+        self.closing_due().map_or(when, |closing| closing.min(when))
     }
 
     fn closing_due(&self) -> Option<Instant> {
@@ -267,7 +270,7 @@ impl Life {
             self.asked_at = None;
             self.sent_at = self.sent_at.map(|_| now);
         }
-        self.answers |= answers;
+        self.answers = answers;
         let act = self.act(now);
         self.due = match act {
             Act::Wait(until) => until,
@@ -294,8 +297,7 @@ impl Life {
         if self.is_sure() {
             return Act::GiveUp;
         }
-        let later = now + QUIET;
-        Act::Wait(self.closing_due().map_or(later, |closing| closing.min(later)))
+        Act::Wait(self.or_closing(now + QUIET))
     }
 }
 

@@ -96,14 +96,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> WebSocket<S> {
         }
     }
 
-    /// Has a PING sent with whatever is polled next; see [`WebSocket::pongs`].
+    /// Has a PING sent with whatever is polled next; see [`WebSocket::has_answered`].
     pub(super) fn ping(&mut self) {
         self.outbound.ping();
     }
 
-    /// Counts the PONGs that have come.
-    pub(super) fn pongs(&self) -> u64 {
-        self.inbound.pongs()
+    /// Tells whether a PONG has ever come.
+    pub(super) fn has_answered(&self) -> bool {
+        self.inbound.has_answered()
     }
 
     /// Counts how often anything has come.

@@ -65,13 +65,17 @@ async fn ends(waiting: &mut BoxStream, asking: &mut BoxStream) -> (Duration, Dur
     tokio::join!(told, told_in_use)
 }
 
+/// A connection with a session of its own, so that what is asked of another is no sign of life for it.
+async fn connected(scene: &Scene, carriers: Carriers) -> (Forward, BoxStream) {
+    let forward = Forward::start(scene.shop, carriers).await;
+    let stream = forward.echoes(1).await.remove(0);
+    (forward, stream)
+}
+
 async fn restart(carriers: Carriers, idle: Duration, active: Duration) {
     let scene = Scene::alone().await;
-    // A session each, so that what is asked of one is no sign of life for the other.
-    let quiet = Forward::start(scene.shop, carriers).await;
-    let busy = Forward::start(scene.shop, carriers).await;
-    let mut waiting = quiet.echoes(1).await.remove(0);
-    let mut asking = busy.echoes(1).await.remove(0);
+    let (quiet, mut waiting) = connected(&scene, carriers).await;
+    let (busy, mut asking) = connected(&scene, carriers).await;
 
     Ended::kill("containerd").await.start().await;
     let (told, told_in_use) = ends(&mut waiting, &mut asking).await;
@@ -104,10 +108,8 @@ async fn a_restart_of_the_runtime_ends_channels_in_time() {
 async fn a_runtime_that_stands_still_is_noticed_in_every_form() {
     let scene = Scene::alone().await;
     for carriers in EACH {
-        let quiet = Forward::start(scene.shop, carriers).await;
-        let busy = Forward::start(scene.shop, carriers).await;
-        let mut waiting = quiet.echoes(1).await.remove(0);
-        let mut asking = busy.echoes(1).await.remove(0);
+        let (quiet, mut waiting) = connected(&scene, carriers).await;
+        let (busy, mut asking) = connected(&scene, carriers).await;
         let frozen = Frozen::freeze("containerd").await;
         let (told, told_in_use) = ends(&mut waiting, &mut asking).await;
         drop(frozen);

@@ -34,15 +34,14 @@ const WAYS: [(&str, Silence); 3] = [
     ("tunnel", |cluster, _| {
         cluster.forwards().restart_runtime();
     }),
-    ("spdy", |cluster, workload| {
-        let pod = &workload.pods[0].name;
-        cluster.forwards().silence_sessions("shop", pod);
-    }),
-    ("channel", |cluster, workload| {
-        let pod = &workload.pods[0].name;
-        cluster.forwards().silence_sessions("shop", pod);
-    }),
+    ("spdy", silence_pod),
+    ("channel", silence_pod),
 ];
+
+fn silence_pod(cluster: &FakeCluster, workload: &Workload) {
+    let pod = &workload.pods[0].name;
+    cluster.forwards().silence_sessions("shop", pod);
+}
 
 #[tokio::test]
 async fn a_post_on_a_silent_session_fails_within_six_seconds_and_a_get_is_served_soon() {

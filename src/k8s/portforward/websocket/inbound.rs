@@ -29,8 +29,8 @@ pub(super) struct Inbound {
     open: bool,
     /// Which part of a message is data, if not all of it.
     channels: Option<Channels>,
-    /// How many PONGs have come, and how often anything.
-    pongs: u64,
+    /// Whether a PONG has come, and how often anything has.
+    answered: bool,
     reads: u64,
     ended: Option<End>,
 }
@@ -63,7 +63,7 @@ impl Inbound {
             left: 0,
             open: false,
             channels,
-            pongs: 0,
+            answered: false,
             reads: 0,
             ended: None,
         }
@@ -74,9 +74,9 @@ impl Inbound {
         self.ended.as_ref()
     }
 
-    /// Counts the PONGs that have come.
-    pub(super) fn pongs(&self) -> u64 {
-        self.pongs
+    /// Tells whether a PONG has ever come.
+    pub(super) fn has_answered(&self) -> bool {
+        self.answered
     }
 
     /// Counts how often anything has come.
@@ -206,7 +206,7 @@ impl Inbound {
                 replies.close(close.as_ref().map(|(code, _)| *code));
                 self.ended = Some(ended(close));
             }
-            Opcode::Pong => self.pongs += 1,
+            Opcode::Pong => self.answered = true,
             Opcode::Continuation | Opcode::Binary => {}
         }
         self.start += whole;
