@@ -18,6 +18,10 @@ use crate::k8s::portforward::websocket::WebSocket;
 /// that they are told of.
 const CUT: Duration = Duration::from_secs(1);
 
+/// When it is found out whether PINGs are answered: while the server can hardly be busy, and after a refusal, which bytes that
+/// the runtime has not read when it closes would take away.
+const FIRST: Duration = Duration::from_millis(250);
+
 /// The connection to one port of a pod, over an upgraded connection `S`.
 ///
 /// The protocol has no half-close: a Close ends both directions. Shutting down therefore only begins the end: the Close is sent
@@ -39,11 +43,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Channel<S> {
     /// Takes a connection right after the upgrade.
     pub(super) fn new(stream: S) -> Self {
         let now = Instant::now();
-        let mut websocket = WebSocket::channels(stream);
-        // Whether PINGs are answered here is found out while the server can hardly be busy.
-        websocket.ping();
         Self {
-            websocket,
+            websocket: WebSocket::channels(stream),
             life: Life::new(now),
             sleep: Box::pin(tokio::time::sleep_until(now + QUIET)),
         }
@@ -169,6 +170,8 @@ struct Life {
     heard_at: Instant,
     /// When a sign of life was asked for, if nothing has come since.
     asked_at: Option<Instant>,
+    /// When it is to be asked for first.
+    first_at: Option<Instant>,
     /// Whether one has been given, ever.
     answers: bool,
     /// When payload last moved, and when the pod last spoke.
@@ -191,6 +194,7 @@ impl Life {
             reads: 0,
             heard_at: now,
             asked_at: Some(now),
+            first_at: Some(now + FIRST),
             answers: false,
             moved_at: now,
             spoke_at: now,
@@ -226,7 +230,8 @@ impl Life {
 
     /// Returns when to look next.
     fn due(&self) -> Instant {
-        self.or_closing(self.silence_due())
+        let silence = self.silence_due();
+        self.or_closing(self.first_at.map_or(silence, |first| first.min(silence)))
     }
 
     fn or_closing(&self, when: Instant) -> Instant {
@@ -286,6 +291,10 @@ impl Life {
             }
             self.closed_at = Some(now);
             return Act::Close;
+        }
+        if self.first_at.take_if(|first| *first <= now).is_some() {
+            self.asked_at.get_or_insert(now);
+            return Act::Ask;
         }
         if self.silence_due() > now {
             return Act::Wait(self.due());

@@ -181,6 +181,8 @@ async fn an_application_that_does_not_read_is_not_taken_for_a_dead_server() {
         server.send(CLOSE, &[]).await;
         server
     });
+    let asked = tokio::time::timeout(2 * FIRST, channel.read_u8()).await;
+    assert!(asked.is_err());
     channel.write_all(&[0; 2 * SWALLOWED]).await.unwrap();
     let (_, read) = end(&mut channel).await;
     assert_eq!(read.unwrap(), "done");
