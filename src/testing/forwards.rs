@@ -39,7 +39,7 @@ pub struct ForwardCounts {
     pub fins: u64,
     /// RST_STREAM frames received.
     pub resets: u64,
-    /// PING frames received.
+    /// PING frames received, of SPDY or of the WebSocket of channels.
     pub pings: u64,
     /// GOAWAY frames received.
     pub go_aways: u64,

@@ -3,6 +3,8 @@
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -22,6 +24,11 @@ const CUT: Duration = Duration::from_secs(1);
 /// the runtime has not read when it closes would take away.
 const FIRST: Duration = Duration::from_millis(250);
 
+/// Whether PINGs are answered in a cluster: one connection finds it out for those that come after it. A PONG must be sent
+/// (RFC 6455 §5.5.2), yet whoever is on the way may drop it, and silence would then be taken for death.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Answers(Arc<AtomicBool>);
+
 /// The connection to one port of a pod, over an upgraded connection `S`.
 ///
 /// The protocol has no half-close: a Close ends both directions. Shutting down therefore only begins the end: the Close is sent
@@ -30,21 +37,23 @@ const FIRST: Duration = Duration::from_millis(250);
 /// Errors have the kind that the container runtime's words mean, `ConnectionRefused` when no byte can have reached the
 /// application; `ConnectionAborted` where the port-forward broke or went silent. Silence is found out while somebody reads:
 /// within 15 s, and 6 s while something is under way. A PING waits behind payload that the application does not read, so with
-/// more of that than its socket is sure to take, nothing is found out.
+/// more of that than its socket is sure to take, nothing is found out; nor before any PING was answered, see [`Answers`].
 ///
 /// Flushing is not needed: what was written leaves as soon as the connection takes it. All of it is cancel-safe.
 pub(super) struct Channel<S> {
     websocket: WebSocket<S>,
+    answers: Answers,
     life: Life,
     sleep: Pin<Box<Sleep>>,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Channel<S> {
     /// Takes a connection right after the upgrade.
-    pub(super) fn new(stream: S) -> Self {
+    pub(super) fn new(stream: S, answers: Answers) -> Self {
         let now = Instant::now();
         Self {
             websocket: WebSocket::channels(stream),
+            answers,
             life: Life::new(now),
             sleep: Box::pin(tokio::time::sleep_until(now + QUIET)),
         }
@@ -54,8 +63,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Channel<S> {
     fn poll_time(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             let now = Instant::now();
-            let (reads, answers) = (self.websocket.reads(), self.websocket.has_answered());
-            match self.life.look(reads, answers, now) {
+            match self.life.look(self.websocket.reads(), self.answers(), now) {
                 Act::Wait(until) => {
                     if self.sleep.deadline() != until {
                         self.sleep.as_mut().reset(until);
@@ -71,6 +79,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Channel<S> {
                 Act::GiveUp => return Poll::Ready(Err(broken(SILENT))),
             }
         }
+    }
+
+    /// Tells whether silence after a PING means anything.
+    fn answers(&self) -> bool {
+        if self.websocket.has_answered() {
+            self.answers.0.store(true, Ordering::Relaxed);
+        }
+        self.answers.0.load(Ordering::Relaxed)
     }
 
     /// Tells why the stream ended with `error`, or why nothing can be written.
@@ -172,7 +188,7 @@ struct Life {
     asked_at: Option<Instant>,
     /// When it is to be asked for first.
     first_at: Option<Instant>,
-    /// Whether one has been given, ever.
+    /// Whether signs of life are given here.
     answers: bool,
     /// When payload last moved, and when the pod last spoke.
     moved_at: Instant,
@@ -263,7 +279,7 @@ impl Life {
         self.reads == 0 || self.answers && self.unheard <= SWALLOWED
     }
 
-    /// Tells what is to be done now. `reads`: how often anything has come; `answers`: whether a sign of life has.
+    /// Tells what is to be done now. `reads`: how often anything has come; `answers`: whether signs of life are given here.
     fn look(&mut self, reads: u64, answers: bool, now: Instant) -> Act {
         let slept = now.saturating_duration_since(self.due) >= JUMP;
         if reads != self.reads {

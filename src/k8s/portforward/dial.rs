@@ -11,7 +11,7 @@ use tracing::{debug, warn};
 
 use crate::drain::Drain;
 use crate::k8s::portforward::carrier::{self, Carrier, Refusal, Upgrade, Verdict};
-use crate::k8s::portforward::channel::Channel;
+use crate::k8s::portforward::channel::{Answers, Channel};
 use crate::k8s::portforward::gate::Gate;
 use crate::k8s::portforward::memory::Memory;
 use crate::k8s::portforward::ports::Ports;
@@ -31,6 +31,7 @@ pub(super) struct Dialer {
     client: Client,
     /// Which forms work.
     pub(super) carriers: Memory,
+    answers: Answers,
     gate: Gate,
     timeout: Duration,
     slow_readers: SlowReaders,
@@ -75,6 +76,7 @@ impl Dialer {
         Self {
             client,
             carriers,
+            answers: Answers::default(),
             gate: Gate::new(),
             timeout,
             slow_readers,
@@ -158,7 +160,8 @@ impl Dialer {
             Ok(io) => {
                 self.carriers
                     .note(Carrier::Channel, single.doubtful, since, Instant::now());
-                Ok(Box::new(BufReader::with_capacity(PIECE, Channel::new(io))))
+                let channel = Channel::new(io, self.answers.clone());
+                Ok(Box::new(BufReader::with_capacity(PIECE, channel)))
             }
             Err(Refusal {
                 error: error @ ConnectError::Forbidden(_),

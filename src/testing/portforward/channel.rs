@@ -42,7 +42,7 @@ pub(super) async fn serve(io: impl AsyncRead + AsyncWrite + Unpin, pod: &Pod, po
         )
         .await;
     };
-    let reader = read(stream, inputs);
+    let reader = read(stream, inputs, pod);
     let forwarding = async { tokio::join!(forwards, write(sink, outgoing)) };
     tokio::pin!(forwarding, reader);
     tokio::select! {
@@ -102,10 +102,17 @@ impl Client for Channel {
 async fn read(
     mut stream: impl Stream<Item = tungstenite::Result<Message>> + Unpin,
     inputs: Vec<mpsc::Sender<Bytes>>,
+    pod: &Pod,
 ) {
     while let Some(Ok(received)) = stream.next().await {
-        let Message::Binary(mut payload) = received else {
-            continue;
+        let mut payload = match received {
+            Message::Binary(payload) => payload,
+            // The library answers with what is read next.
+            Message::Ping(_) => {
+                pod.received_ping();
+                continue;
+            }
+            _ => continue,
         };
         if payload.is_empty() {
             continue;

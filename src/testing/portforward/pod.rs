@@ -139,6 +139,11 @@ impl Pod {
         ended.map_err(|error| self.broken(port, &error))
     }
 
+    /// Counts a PING that came beside what is forwarded.
+    pub(super) fn received_ping(&self) {
+        self.cluster.forwards.count(|counts| counts.pings += 1);
+    }
+
     /// How long the second direction may outlive the first.
     pub(super) fn close_grace(&self) -> Duration {
         self.cluster.faults.close_grace()

@@ -38,6 +38,13 @@ const WAYS: [(&str, Silence); 3] = [
     ("channel", silence_pod),
 ];
 
+/// Waits until the first PING of a channel was answered: before, nobody knows whether any are. Sessions need no such proof.
+async fn is_answered(cluster: &FakeCluster, form: &str) {
+    if form == "channel" {
+        cluster.forwards().until(|counts| counts.pings > 0).await;
+    }
+}
+
 fn silence_pod(cluster: &FakeCluster, workload: &Workload) {
     let pod = &workload.pods[0].name;
     cluster.forwards().silence_sessions("shop", pod);
@@ -54,6 +61,7 @@ async fn a_post_on_a_silent_session_fails_within_six_seconds_and_a_get_is_served
             let workload = pod(&cluster);
             let app = TestApp::with(&cluster.kubeconfig(), &[(&setting::PORT_FORWARD, form)]).await;
             assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
+            is_answered(&cluster, form).await;
             silence(&cluster, &workload);
             tokio::time::pause();
             let before = Instant::now();
@@ -81,6 +89,7 @@ async fn a_stream_that_waits_on_a_silent_session_breaks_within_fifteen_seconds()
             .send(get(WEB, "/sse?count=2&interval_ms=3600000"))
             .await;
         events.body_mut().frame().await.unwrap().unwrap();
+        is_answered(&cluster, form).await;
         silence(&cluster, &workload);
         tokio::time::pause();
         let before = Instant::now();

@@ -68,8 +68,13 @@ impl Server {
 }
 
 fn scene() -> (Channel<DuplexStream>, Server) {
+    scene_in(&Answers::default())
+}
+
+/// The same in a cluster of which something is known.
+fn scene_in(answers: &Answers) -> (Channel<DuplexStream>, Server) {
     let (ours, theirs) = duplex(PIPE);
-    (Channel::new(ours), Server(theirs))
+    (Channel::new(ours, answers.clone()), Server(theirs))
 }
 
 /// How long it takes until `reader` ends, and how.
@@ -159,6 +164,25 @@ async fn a_server_that_swallows_everything_is_given_up_and_one_that_answers_ping
     channel.write_all(b"question").await.unwrap();
     let hour = tokio::time::timeout(Duration::from_hours(1), channel.read_u8()).await;
     assert!(hour.is_err(), "{hour:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn silence_from_the_first_moment_is_told_from_lost_pongs_by_what_another_connection_met() {
+    let answers = Answers::default();
+    for others_were_answered in [false, true] {
+        let (mut channel, mut server) = scene_in(&answers);
+        TaskTracker::new().spawn(async move {
+            server.greet().await;
+            while server.next().await.is_some() {}
+        });
+        let hour = tokio::time::timeout(Duration::from_hours(1), channel.read_u8()).await;
+        assert_eq!(hour.is_ok(), others_were_answered, "{hour:?}");
+
+        let (mut other, mut server) = scene_in(&answers);
+        TaskTracker::new().spawn(async move { while server.serve().await.is_some() {} });
+        let asked = tokio::time::timeout(2 * FIRST, other.read_u8()).await;
+        assert!(asked.is_err(), "{asked:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]
