@@ -6,6 +6,10 @@ use std::thread;
 
 use tokio::runtime::{Builder, Runtime};
 
+/// After how many tasks a thread looks for what has come. A transfer keeps its tasks ready to run, and each moves half a megabyte
+/// at a time: sixty of them, as is usual, were 60 ms and more for everybody who had just said something.
+const LOOKS: u32 = 8;
+
 /// Makes the program's runtime with `threads` threads that carry requests; nothing stands for half of the processors that the
 /// process may use, and one at least.
 ///
@@ -20,6 +24,7 @@ pub fn build(threads: Option<NonZero<usize>>) -> io::Result<Runtime> {
     let threads = threads.map_or_else(|| half(available()), NonZero::get);
     Builder::new_multi_thread()
         .worker_threads(threads)
+        .event_interval(LOOKS)
         .enable_all()
         .build()
 }

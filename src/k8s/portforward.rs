@@ -18,11 +18,13 @@ mod pool;
 mod pools;
 mod ports;
 mod spdy;
+mod turns;
 mod websocket;
 
 use std::fmt;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::time::Instant;
 
 use crate::drain::Drain;
@@ -36,6 +38,7 @@ use memory::Memory;
 use pool::Way;
 pub(in crate::k8s) use pools::Pools;
 pub use spdy::SlowReaders;
+use turns::Turns;
 
 /// Opens connections to pods.
 pub struct PortForward {
@@ -53,6 +56,9 @@ impl fmt::Debug for PortForward {
 impl PortForward {
     /// Makes the transport; nothing is opened yet. The configuration is that of the cluster: its `timeout` bounds one upgrade,
     /// sessions unused for its `idle_timeout` are closed. Its tasks run under `drain`.
+    ///
+    /// # Panics
+    /// Outside of a Tokio runtime.
     #[must_use]
     pub fn new(cluster: &Cluster, config: &Config, drain: &Drain) -> Self {
         let idle_timeout = config.idle_timeout;
@@ -61,6 +67,7 @@ impl PortForward {
             Memory::new(config.carriers),
             config.timeout,
             config.slow_readers,
+            Turns::new(Handle::current().metrics().num_workers()),
             drain.clone(),
         );
         let pools = Pools::new(dialer, drain.clone());

@@ -35,6 +35,7 @@ impl Session {
             io,
             std::sync::Arc::default(),
             SlowReaders::default(),
+            std::sync::Arc::default(),
             drain,
         ))
     }

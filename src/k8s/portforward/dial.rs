@@ -16,6 +16,7 @@ use crate::k8s::portforward::gate::Gate;
 use crate::k8s::portforward::memory::Memory;
 use crate::k8s::portforward::ports::Ports;
 use crate::k8s::portforward::spdy::{Phase, Session, SlowReaders};
+use crate::k8s::portforward::turns::Turns;
 use crate::k8s::portforward::websocket::WebSocket;
 use crate::registry::PodRef;
 use crate::transport::{BoxStream, ConnectError, Target};
@@ -35,6 +36,7 @@ pub(super) struct Dialer {
     gate: Gate,
     timeout: Duration,
     slow_readers: SlowReaders,
+    turns: Arc<Turns>,
     drain: Drain,
 }
 
@@ -65,12 +67,13 @@ pub(super) struct Single {
 }
 
 impl Dialer {
-    /// Makes one; `timeout` bounds one upgrade. Sessions run under `drain`.
+    /// Makes one; `timeout` bounds one upgrade. Transfers of all pods take `turns`. Sessions run under `drain`.
     pub(super) fn new(
         client: Client,
         carriers: Memory,
         timeout: Duration,
         slow_readers: SlowReaders,
+        turns: Turns,
         drain: Drain,
     ) -> Self {
         Self {
@@ -80,6 +83,7 @@ impl Dialer {
             gate: Gate::new(),
             timeout,
             slow_readers,
+            turns: Arc::new(turns),
             drain,
         }
     }
@@ -135,11 +139,11 @@ impl Dialer {
         let upgrade = if is_tunnel { Upgrade::Tunnel } else { Upgrade::Spdy };
         let upgrading = carrier::upgrade(&self.client, upgrade, pod, self.timeout);
         let io = self.gate.pass(upgrading).await?;
-        let (ports, slow_readers) = (ports.clone(), self.slow_readers);
+        let (ports, slow_readers, turns) = (ports.clone(), self.slow_readers, self.turns.clone());
         let session = if is_tunnel {
-            Session::start(WebSocket::tunnel(io), ports, slow_readers, &self.drain)
+            Session::start(WebSocket::tunnel(io), ports, slow_readers, turns, &self.drain)
         } else {
-            Session::start(io, ports, slow_readers, &self.drain)
+            Session::start(io, ports, slow_readers, turns, &self.drain)
         };
         if self.carriers.works(carrier) {
             return Ok(session);

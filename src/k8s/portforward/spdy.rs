@@ -25,6 +25,7 @@ use tokio::time::Instant;
 
 use crate::drain::Drain;
 use crate::k8s::portforward::ports::Ports;
+use crate::k8s::portforward::turns::{Transfer, Turns};
 use driver::Driver;
 pub(super) use state::Load;
 pub use state::SlowReaders;
@@ -57,8 +58,14 @@ struct Shared {
 
 impl Session {
     /// Starts a session on a connection that was just upgraded. It asks for a first sign of life at once. `ports` is what is
-    /// known of the pod's ports, shared by the pod's sessions.
-    pub(super) fn start<S>(io: S, ports: Arc<Ports>, slow_readers: SlowReaders, drain: &Drain) -> Self
+    /// known of the pod's ports, shared by the pod's sessions; transfers take `turns` with those of all sessions.
+    pub(super) fn start<S>(
+        io: S,
+        ports: Arc<Ports>,
+        slow_readers: SlowReaders,
+        turns: Arc<Turns>,
+        drain: &Drain,
+    ) -> Self
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
@@ -69,7 +76,7 @@ impl Session {
             state: Mutex::new(state),
             phase: watch::Sender::new(Phase::Unproven),
         });
-        drain.spawn(Driver::new(io, shared.clone()));
+        drain.spawn(Driver::new(io, shared.clone(), Transfer::new(turns)));
         Self(shared)
     }
 

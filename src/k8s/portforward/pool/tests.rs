@@ -14,6 +14,7 @@ use crate::drain::Drained;
 use crate::k8s::portforward::memory::Memory;
 use crate::k8s::portforward::ports::Size;
 use crate::k8s::portforward::spdy::{MAX_AGE, MAX_OPENED};
+use crate::k8s::portforward::turns::Turns;
 use crate::k8s::portforward::{Carriers, SlowReaders};
 
 const LONG: Duration = Duration::from_secs(60);
@@ -28,6 +29,7 @@ fn pool(drain: &Drain) -> Arc<Pool> {
         Memory::new(Carriers::Auto),
         LONG,
         SlowReaders::default(),
+        Turns::default(),
         drain.clone(),
     );
     let pod = PodRef {
@@ -174,7 +176,13 @@ async fn where_all_sessions_are_worn_another_is_opened_at_once() {
 fn session(drain: &Drain) -> Session {
     let (ours, theirs) = duplex(64 << 10);
     drain.spawn(peer(theirs));
-    Session::start(ours, Arc::default(), SlowReaders::default(), drain)
+    Session::start(
+        ours,
+        Arc::default(),
+        SlowReaders::default(),
+        Arc::default(),
+        drain,
+    )
 }
 
 async fn peer(mut io: DuplexStream) {

@@ -12,6 +12,7 @@ use tokio::time::{Instant, Sleep};
 
 use crate::k8s::portforward::spdy::state::Turn;
 use crate::k8s::portforward::spdy::{Phase, Shared, frame};
+use crate::k8s::portforward::turns::Transfer;
 
 /// How much is read at once: several TLS records.
 const READ: usize = 64 << 10;
@@ -39,12 +40,15 @@ pub(super) struct Driver<S> {
     waited: u8,
     /// Whether it was told that the peer understands SPDY.
     proven: bool,
+    /// Its part in the turns that transfers take, and whether it is one.
+    transfer: Transfer,
+    is_transfer: bool,
     buffer: Box<[u8]>,
     sleep: Pin<Box<Sleep>>,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
-    pub(super) fn new(io: S, shared: Arc<Shared>) -> Self {
+    pub(super) fn new(io: S, shared: Arc<Shared>, transfer: Transfer) -> Self {
         Self {
             io,
             shared,
@@ -54,14 +58,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
             stalled: false,
             waited: 0,
             proven: false,
+            transfer,
+            is_transfer: false,
             buffer: vec![0; READ].into(),
             sleep: Box::pin(tokio::time::sleep_until(Instant::now())),
         }
     }
 
-    /// Writes until there is nothing left or the connection takes no more. Returns whether anything was written.
-    fn write(&mut self, now: Instant, cx: &mut Context<'_>) -> io::Result<bool> {
-        let mut progress = false;
+    /// Writes until there is nothing left or the connection takes no more. Returns how many bytes were written.
+    fn write(&mut self, now: Instant, cx: &mut Context<'_>) -> io::Result<usize> {
+        let mut progress = 0;
         loop {
             if self.written == self.batch.len() {
                 self.written = 0;
@@ -83,7 +89,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
                 self.shared.lock().taken(now);
             }
             self.written += written;
-            (progress, self.unflushed) = (true, true);
+            progress += written;
+            self.unflushed = true;
         }
         if self.unflushed && Pin::new(&mut self.io).poll_flush(cx)?.is_ready() {
             self.unflushed = false;
@@ -91,14 +98,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
         Ok(progress)
     }
 
-    /// Reads once. Returns whether anything came.
-    fn read(&mut self, now: Instant, cx: &mut Context<'_>) -> io::Result<bool> {
+    /// Reads once. Returns how many bytes came.
+    fn read(&mut self, now: Instant, cx: &mut Context<'_>) -> io::Result<usize> {
         if !self.shared.lock().is_reading() {
-            return Ok(false);
+            return Ok(0);
         }
         let mut buffer = ReadBuf::new(&mut self.buffer);
         if Pin::new(&mut self.io).poll_read(cx, &mut buffer)?.is_pending() {
-            return Ok(false);
+            return Ok(0);
         }
         let bytes = buffer.filled();
         if bytes.is_empty() {
@@ -107,6 +114,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
                 "the server closed it",
             ));
         }
+        let count = bytes.len();
         let (received, proven) = self
             .shared
             .with(|state| (state.receive(bytes, now), state.is_proven()));
@@ -121,10 +129,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
             self.shared.phase.send_if_modified(prove);
         }
         received.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-        Ok(true)
+        Ok(count)
     }
 
-    /// Moves bytes both ways as long as there are any, within bounds.
+    /// Moves bytes both ways as long as there are any and others need not go first, within bounds.
     fn exchange(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         for _ in 0..ROUNDS {
             let now = Instant::now();
@@ -135,8 +143,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
                     return Err(error);
                 }
             };
-            if !self.read(now, cx)? && !wrote {
+            let moved = wrote + self.read(now, cx)?;
+            if moved == 0 {
                 return Ok(());
+            }
+            if self.is_transfer {
+                self.transfer.moved(moved, now);
+                if self.transfer.waits() {
+                    return Ok(());
+                }
             }
         }
         cx.waker().wake_by_ref();
@@ -146,7 +161,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
     /// Reads what is there already of a connection that takes nothing any more: answers may be among it. Tokio's budget for a
     /// task bounds that.
     fn read_rest(&mut self, now: Instant, cx: &mut Context<'_>) {
-        while matches!(self.read(now, cx), Ok(true)) {}
+        while matches!(self.read(now, cx), Ok(1..)) {}
     }
 
     /// Says goodbye as far as the connection takes it at once. Nothing of a connection is left that would need more.
@@ -176,13 +191,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Driver<S> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let this = &mut *self;
-        let many = this.shared.with(|state| {
+        let now = Instant::now();
+        let (many, is_transfer) = this.shared.with(|state| {
             state.begin_turn();
-            state.live() > 1
+            (state.live() > 1, state.is_transfer(now))
         });
+        this.is_transfer = is_transfer;
         if many && this.waited < COURTESY && this.written == this.batch.len() {
             if this.waited == 0
-                && let Err(error) = this.read(Instant::now(), cx)
+                && let Err(error) = this.read(now, cx)
             {
                 return this.end(&error.to_string());
             }
@@ -193,8 +210,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Driver<S> {
         }
         this.waited = 0;
         loop {
+            if this.transfer.waits() && this.transfer.poll_turn(cx).is_pending() {
+                return Poll::Pending;
+            }
             if let Err(error) = this.exchange(cx) {
                 return this.end(&error.to_string());
+            }
+            if this.transfer.waits() {
+                continue;
             }
             let now = Instant::now();
             let idle = this.written == this.batch.len();
@@ -233,15 +256,23 @@ impl<S> Drop for Driver<S> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::time::Duration;
 
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+    use tokio::sync::mpsc;
 
     use crate::drain::Drain;
     use crate::k8s::portforward::spdy::{Phase, Session, SlowReaders};
+    use crate::k8s::portforward::turns::Turns;
 
     /// What the connection holds.
     const PIPE: usize = 4 << 10;
+
+    fn start(io: DuplexStream, drain: &Drain) -> Session {
+        let slow_readers = SlowReaders::default();
+        Session::start(io, Arc::default(), slow_readers, Arc::default(), drain)
+    }
 
     /// A peer that takes the contents of the connection four times a second, for so long, and answers what asks for an
     /// answer once it has arrived.
@@ -274,23 +305,28 @@ mod tests {
         std::future::pending().await
     }
 
-    #[tokio::test]
-    async fn what_the_server_said_before_it_closed_is_read_though_it_takes_no_more() {
-        let (ours, mut theirs) = duplex(PIPE);
-        let drain = Drain::new();
-        let session = Session::start(ours, std::sync::Arc::default(), SlowReaders::default(), &drain);
-        let mut stream = session.connect(80, true);
-        stream.write_all(b"request").await.unwrap();
-        // The first signs of life that are asked for, and the opening with its payload.
+    /// Reads the first signs of life that are asked for, and an opening with its payload. Returns the ids of the two streams.
+    async fn streams(io: &mut DuplexStream, payload: &[u8]) -> Vec<Vec<u8>> {
         let (mut opened, mut ids) = (Vec::new(), Vec::new());
-        while ids.len() < 2 || !opened.ends_with(b"request") {
-            theirs.read_buf(&mut opened).await.unwrap();
+        while ids.len() < 2 || !opened.ends_with(payload) {
+            io.read_buf(&mut opened).await.unwrap();
             ids = opened
                 .windows(12)
                 .filter(|frame| frame[..4] == [0x80, 3, 0, 1])
                 .map(|frame| frame[8..].to_vec())
                 .collect();
         }
+        ids
+    }
+
+    #[tokio::test]
+    async fn what_the_server_said_before_it_closed_is_read_though_it_takes_no_more() {
+        let (ours, mut theirs) = duplex(PIPE);
+        let drain = Drain::new();
+        let session = start(ours, &drain);
+        let mut stream = session.connect(80, true);
+        stream.write_all(b"request").await.unwrap();
+        let ids = streams(&mut theirs, b"request").await;
         let data = [&ids[1][..], &[1, 0, 0, 6], b"answer"].concat();
         let end = [&ids[0][..], &[1, 0, 0, 0]].concat();
         theirs.write_all(&[data, end].concat()).await.unwrap();
@@ -307,12 +343,47 @@ mod tests {
         let drain = Drain::new();
         let slow = Duration::from_secs(30);
         drain.spawn(peer(theirs, slow));
-        let session = Session::start(ours, std::sync::Arc::default(), SlowReaders::default(), &drain);
+        let session = start(ours, &drain);
         let begun = tokio::time::Instant::now();
         let mut stream = session.connect(80, true);
         stream.write_all(&vec![0; 4 << 20]).await.unwrap_err();
         assert!(begun.elapsed() >= slow, "dead after {:?}", begun.elapsed());
         assert!(begun.elapsed() < slow + Duration::from_secs(7));
         assert!(matches!(*session.phase().borrow(), Phase::Ended(_)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn transfers_of_several_sessions_take_turns() {
+        const FRAME: usize = 32 << 10;
+        let (drain, turns) = (Drain::new(), Arc::<Turns>::default());
+        let (moved, mut order) = mpsc::unbounded_channel();
+        for name in 0..3 {
+            let (ours, mut theirs) = duplex(8 * FRAME);
+            drain.spawn(async move {
+                let ids = streams(&mut theirs, b"all").await;
+                let frame = [&ids[1][..], &[0, 0, 0x80, 0], &[0; FRAME]].concat();
+                while theirs.write_all(&frame).await.is_ok() {}
+            });
+            let ports = Arc::default();
+            let session = Session::start(ours, ports, SlowReaders::default(), turns.clone(), &drain);
+            let (mut stream, moved) = (session.connect(80, true), moved.clone());
+            drain.spawn(async move {
+                stream.write_all(b"all").await.unwrap();
+                let mut bytes = vec![0; FRAME];
+                while stream.read_exact(&mut bytes).await.is_ok() && moved.send(name).is_ok() {}
+            });
+        }
+        let mut next = async || order.recv().await.unwrap();
+        for _ in 0..(128 << 20) / FRAME {
+            next().await;
+        }
+        let (mut last, mut changes) = (next().await, 0);
+        for _ in 0..(96 << 20) / FRAME {
+            let name = next().await;
+            changes += u32::from(name != last);
+            last = name;
+        }
+        // What comes as a turn begins or ends may interleave.
+        assert!((2..60).contains(&changes), "{changes} changes");
     }
 }

@@ -35,6 +35,9 @@ const BULK_SPAN: Duration = Duration::from_secs(2);
 /// about to stall. As long as so much waits for readers, newcomers are kept off too.
 const RUN: usize = 256 << 10;
 
+/// One that moves this much in such a way is a transfer, as long as it goes on: what it asks for is all that can be had.
+const TRANSFER: usize = 4 << 20;
+
 /// A connection that moves this much in such a way makes more of the kind expected on its port.
 const LARGE: usize = 64 << 10;
 
@@ -161,6 +164,8 @@ pub(super) struct State {
     busy_since: Option<Instant>,
     /// Until when a bulk transfer keeps newcomers off.
     bulk_until: Option<Instant>,
+    /// Until when one counts as such.
+    transfer_until: Option<Instant>,
     /// Whether the peer has answered anything.
     proven: bool,
     /// No newcomers; ends with the last connection.
@@ -214,6 +219,7 @@ impl State {
             active_at: now,
             busy_since: None,
             bulk_until: None,
+            transfer_until: None,
             proven: false,
             retired: false,
             refuses: None,
@@ -293,6 +299,11 @@ impl State {
     /// Counts the connections in use.
     pub(super) fn live(&self) -> usize {
         self.unplaced + self.live.iter().sum::<usize>()
+    }
+
+    /// Tells whether there is a transfer.
+    pub(super) fn is_transfer(&self, now: Instant) -> bool {
+        self.transfer_until.is_some_and(|until| until > now)
     }
 
     /// Tells whether the peer has proven to understand SPDY.

@@ -10,7 +10,7 @@ use crate::k8s::portforward::ports::{Behaviour, Size};
 use crate::k8s::portforward::spdy::entry::{Half, Ours, Outcome};
 use crate::k8s::portforward::spdy::frame::{Event, FrameError};
 use crate::k8s::portforward::spdy::state::output::{PAIR, PROBE};
-use crate::k8s::portforward::spdy::state::{BULK, BULK_SPAN, LARGE, RUN, State};
+use crate::k8s::portforward::spdy::state::{BULK, BULK_SPAN, LARGE, RUN, State, TRANSFER};
 
 impl State {
     /// Takes bytes from the peer.
@@ -162,6 +162,9 @@ impl State {
         *moved += bytes as u64;
         if *moved >= BULK || entry.run >= RUN {
             self.bulk_until = Some(now + BULK_SPAN);
+        }
+        if entry.run >= TRANSFER {
+            self.transfer_until = Some(now + BULK_SPAN);
         }
         if entry.run >= LARGE && !mem::replace(&mut entry.large, true) {
             self.ports.note_size(entry.port, Size::Large);

@@ -1,0 +1,381 @@
+//! Transfers take turns. Each would go on at any moment, and each that does has API server, kubelet, container runtime and pod
+//! at work for it: with twenty of them, whoever else wants a word waits behind twenty in every one of these, and behind
+//! twenty here. One at a time moves as much, since a processor that is busy gets no faster by being asked more often.
+//!
+//! A transfer moves one piece whenever it likes, and needs its turn only for going on; so one whose server has nothing for it
+//! waits for nobody. No turns are taken while all of them together are slower than what processors would be busy with: then
+//! links or applications bound them, each by itself.
+
+use std::collections::VecDeque;
+use std::mem;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
+
+use tokio::time::{Instant, Sleep};
+
+/// How much one turn moves, in bytes: much more than what the sockets of one hop hold ready, else each transfer goes on in the
+/// background of the others' turns. Measured with twenty of them on a real cluster: after turns of 8 MiB a neighbour waits
+/// three times as long as after these, and with 2 MiB there might as well be none.
+const TURN: u64 = 16 << 20;
+
+/// How much a round of all turns moves, with few transfers or many, as far as [`TURN_LEAST`] allows: a second's worth.
+const ROUND: u64 = 320 << 20;
+const TURN_LEAST: u64 = 4 << 20;
+
+/// How long a transfer may find nothing to move within its turn. A server that begins again after a pause, behind others,
+/// needs some milliseconds.
+const GAP: Duration = Duration::from_millis(30);
+
+/// Turns are taken where all transfers together move so much within [`SPAN`].
+const BUSY: u64 = 64 << 20;
+const SPAN: Duration = Duration::from_secs(1);
+
+/// What the transfers of a program share.
+#[derive(Debug)]
+pub(super) struct Turns {
+    /// How many go on at a time where there are more.
+    at_once: usize,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    /// How many transfers there have been.
+    count: u64,
+    running: Vec<Running>,
+    /// The others that want to go on, in order, with whom to tell.
+    waiting: VecDeque<(u64, Option<Waker>)>,
+    /// When the span began, how much was moved in it, and whether the last one was busy.
+    span: Option<Instant>,
+    moved: u64,
+    was_busy: bool,
+}
+
+/// A transfer whose turn it is.
+#[derive(Debug)]
+struct Running {
+    id: u64,
+    /// How much it has moved in its turn, and when it last did.
+    moved: u64,
+    moved_at: Instant,
+}
+
+impl Default for Turns {
+    /// One at a time.
+    fn default() -> Self {
+        Self::new(1)
+    }
+}
+
+impl Turns {
+    /// Makes turns for so many transfers at a time: as many as there are threads to carry them. One more never waits: it costs
+    /// neighbours less than pauses would cost both.
+    pub(super) fn new(at_once: usize) -> Self {
+        Self {
+            at_once: at_once.max(1),
+            inner: Mutex::default(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    /// Counts what was moved. Returns whether turns are to be taken.
+    fn count(&mut self, bytes: u64, now: Instant) -> bool {
+        let span = *self.span.get_or_insert(now);
+        if now.duration_since(span) >= SPAN {
+            // Nothing at all for a while is not busy, whatever was before it.
+            self.was_busy = self.moved >= BUSY && now.duration_since(span) < 2 * SPAN;
+            (self.span, self.moved) = (Some(now), 0);
+        }
+        self.moved += bytes;
+        self.was_busy || self.moved >= BUSY
+    }
+
+    /// Gives turns to those that wait, as far as there is room. Returns whom to wake.
+    fn next(&mut self, at_once: usize, now: Instant) -> Vec<Waker> {
+        let mut woken = Vec::new();
+        while self.has_room(at_once, 0)
+            && let Some((id, waker)) = self.waiting.pop_front()
+        {
+            self.begin(id, now);
+            woken.extend(waker);
+        }
+        // Whoever is the first now looks after those that run.
+        woken.extend(self.waiting.front_mut().and_then(|(_, waker)| waker.take()));
+        woken
+    }
+
+    /// Tells whether one more may go on, when `more` join those that wait.
+    fn has_room(&self, at_once: usize, more: usize) -> bool {
+        let all = self.running.len() + self.waiting.len() + more;
+        self.running.len() < at_once || all == at_once + 1
+    }
+
+    fn begin(&mut self, id: u64, now: Instant) {
+        self.running.push(Running {
+            id,
+            moved: 0,
+            moved_at: now,
+        });
+    }
+
+    fn turn(&self) -> u64 {
+        let others = self.waiting.len() as u64;
+        (ROUND / (others + 1)).clamp(TURN_LEAST, TURN)
+    }
+}
+
+/// One transfer's part; dropping it lets the others go on.
+#[derive(Debug)]
+pub(super) struct Transfer {
+    turns: Arc<Turns>,
+    id: u64,
+    waits: bool,
+    /// When the first in the row looks after those that run.
+    sleep: Option<Pin<Box<Sleep>>>,
+}
+
+impl Transfer {
+    /// Takes part, from its first [`Transfer::moved`] on.
+    pub(super) fn new(turns: Arc<Turns>) -> Self {
+        let mut inner = turns.lock();
+        inner.count += 1;
+        let id = inner.count;
+        drop(inner);
+        Self {
+            turns,
+            id,
+            waits: false,
+            sleep: None,
+        }
+    }
+
+    /// Notes that something was moved, in bytes. After that it may have to wait for its turn.
+    pub(super) fn moved(&mut self, bytes: usize, now: Instant) {
+        let at_once = self.turns.at_once;
+        let mut inner = self.turns.lock();
+        let woken = if !inner.count(bytes as u64, now) {
+            inner.running.clear();
+            mem::take(&mut inner.waiting)
+                .into_iter()
+                .filter_map(|(_, waker)| waker)
+                .collect()
+        } else if let Some(index) = inner.running.iter().position(|running| running.id == self.id) {
+            let (turn, alone) = (inner.turn(), inner.waiting.is_empty());
+            let running = &mut inner.running[index];
+            running.moved += bytes as u64;
+            running.moved_at = now;
+            if alone || running.moved < turn {
+                return;
+            }
+            inner.running.swap_remove(index);
+            inner.waiting.push_back((self.id, None));
+            self.waits = true;
+            inner.next(at_once, now)
+        } else if inner.waiting.is_empty() && inner.has_room(at_once, 1) {
+            inner.begin(self.id, now);
+            return;
+        } else {
+            inner.waiting.push_back((self.id, None));
+            self.waits = true;
+            return;
+        };
+        drop(inner);
+        woken.into_iter().for_each(Waker::wake);
+    }
+
+    /// Tells whether it has to wait for its turn.
+    pub(super) fn waits(&self) -> bool {
+        self.waits
+    }
+
+    /// Waits until it may go on. Cancel-safe.
+    pub(super) fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while let Some(look_at) = self.look(Instant::now(), cx.waker()) {
+            let Some(look_at) = look_at else {
+                return Poll::Pending;
+            };
+            let sleep = self
+                .sleep
+                .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(look_at)));
+            if sleep.deadline() != look_at {
+                sleep.as_mut().reset(look_at);
+            }
+            ready!(sleep.as_mut().poll(cx));
+        }
+        self.waits = false;
+        Poll::Ready(())
+    }
+
+    /// Leaves `waker`, if it has to wait. The first in the row also takes the place of a transfer that has had nothing to move,
+    /// and is told when to look again.
+    fn look(&self, now: Instant, waker: &Waker) -> Option<Option<Instant>> {
+        let mut inner = self.turns.lock();
+        let place = inner.waiting.iter().position(|(id, _)| *id == self.id)?;
+        let mut look_at = None;
+        if place == 0 {
+            let goes_on = |running: &Running| now.duration_since(running.moved_at) < GAP;
+            inner.running.retain(goes_on);
+            if inner.has_room(self.turns.at_once, 0) {
+                let woken = inner.next(self.turns.at_once, now);
+                drop(inner);
+                woken.into_iter().for_each(Waker::wake);
+                return None;
+            }
+            look_at = inner.running.iter().map(|running| running.moved_at + GAP).min();
+        }
+        let (_, waiting) = inner.waiting.get_mut(place)?;
+        match waiting {
+            Some(waiting) => waiting.clone_from(waker),
+            None => *waiting = Some(waker.clone()),
+        }
+        Some(look_at)
+    }
+}
+
+impl Drop for Transfer {
+    fn drop(&mut self) {
+        let at_once = self.turns.at_once;
+        let mut inner = self.turns.lock();
+        inner.running.retain(|running| running.id != self.id);
+        inner.waiting.retain(|(id, _)| *id != self.id);
+        let woken = inner.next(at_once, Instant::now());
+        drop(inner);
+        woken.into_iter().for_each(Waker::wake);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use futures_util::FutureExt as _;
+    use tokio_util::task::TaskTracker;
+
+    use super::*;
+
+    const PIECE: usize = 64 << 10;
+
+    /// So many transfers, of which each wants to go on at any moment.
+    fn busy(at_once: usize, count: usize) -> Vec<Transfer> {
+        let turns = Arc::new(Turns::new(at_once));
+        let mut transfers: Vec<Transfer> = (0..count).map(|_| Transfer::new(turns.clone())).collect();
+        // The first is fast, which makes the others wait once they have moved anything.
+        transfers[0].moved(BUSY as usize, Instant::now());
+        for transfer in &mut transfers {
+            transfer.moved(PIECE, Instant::now());
+        }
+        transfers
+    }
+
+    /// Moves pieces until it has to wait. Returns how much that was.
+    fn run(transfer: &mut Transfer, most: u64) -> u64 {
+        let mut moved = 0;
+        while !transfer.waits() && moved < most {
+            transfer.moved(PIECE, Instant::now());
+            moved += PIECE as u64;
+        }
+        moved
+    }
+
+    fn has_turn(transfer: &mut Transfer) -> bool {
+        poll_fn(|cx| transfer.poll_turn(cx)).now_or_never().is_some()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn they_go_on_one_after_the_other_and_all_get_the_same() {
+        let mut transfers = busy(1, 3);
+        // Two were there before it was one too many.
+        assert_eq!(run(&mut transfers[0], 2 * TURN), TURN - PIECE as u64);
+        assert_eq!(run(&mut transfers[1], 2 * TURN), TURN);
+        for index in [2, 0, 1, 2] {
+            let having: Vec<bool> = transfers.iter_mut().map(has_turn).collect();
+            let mut wanted = [false; 3];
+            wanted[index] = true;
+            assert_eq!(having, wanted);
+            assert_eq!(run(&mut transfers[index], 2 * TURN), TURN);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_more_than_may_go_on_at_a_time_never_waits() {
+        for (at_once, count) in [(1, 1), (1, 2), (2, 3)] {
+            let mut transfers = busy(at_once, count);
+            for transfer in &mut transfers {
+                assert_eq!(run(transfer, 4 * TURN), 4 * TURN);
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_slow_for_other_reasons_never_waits() {
+        let turns = Arc::new(Turns::default());
+        let mut transfers: Vec<Transfer> = (0..4).map(|_| Transfer::new(turns.clone())).collect();
+        let piece = (BUSY / 8) as usize;
+        for _ in 0..100 {
+            for transfer in &mut transfers {
+                transfer.moved(piece, Instant::now());
+                assert!(!transfer.waits());
+            }
+            tokio::time::advance(SPAN).await;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn turns_end_with_the_rush_that_made_them_necessary() {
+        let mut transfers = busy(1, 3);
+        tokio::time::advance(2 * SPAN).await;
+        transfers[0].moved(PIECE, Instant::now());
+        for transfer in &mut transfers {
+            assert!(has_turn(transfer));
+            assert_eq!(run(transfer, BUSY / 4), BUSY / 4);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn those_that_have_nothing_to_move_lose_their_turns_and_the_next_are_told() {
+        let mut transfers = busy(1, 5);
+        let tracker = TaskTracker::new();
+        let waiting: Vec<_> = transfers
+            .split_off(2)
+            .into_iter()
+            .map(|mut transfer| {
+                tracker.spawn(async move {
+                    let begun = Instant::now();
+                    poll_fn(|cx| transfer.poll_turn(cx)).await;
+                    // Nothing comes for it either; it stays.
+                    (begun.elapsed(), transfer)
+                })
+            })
+            .collect();
+        // The last two never wait for each other.
+        for (gaps, waiting) in [1, 2, 2].into_iter().zip(waiting) {
+            let (elapsed, transfer) = waiting.await.unwrap();
+            let least = gaps * GAP;
+            assert!((least..least + GAP / 2).contains(&elapsed), "{gaps}: {elapsed:?}");
+            transfers.push(transfer);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_goes_away_hands_its_turn_on() {
+        let mut transfers = busy(1, 3);
+        let next = transfers.swap_remove(2);
+        let mut waiting = TaskTracker::new().spawn(async move {
+            let mut next = next;
+            poll_fn(|cx| next.poll_turn(cx)).await;
+        });
+        tokio::task::yield_now().await;
+        assert!((&mut waiting).now_or_never().is_none());
+        let begun = Instant::now();
+        drop(transfers.swap_remove(0));
+        waiting.await.unwrap();
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+    }
+}
