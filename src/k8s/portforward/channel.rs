@@ -20,12 +20,15 @@ use crate::k8s::portforward::websocket::WebSocket;
 /// that they are told of.
 const CUT: Duration = Duration::from_secs(1);
 
-/// When it is found out whether PINGs are answered: while the server can hardly be busy, and after a refusal, which bytes that
-/// the runtime has not read when it closes would take away.
+/// When it is found out whether PINGs are answered, unless the pod speaks before: while the server can hardly be busy, and after
+/// a refusal, which bytes that the runtime has not read when it closes would take away.
 const FIRST: Duration = Duration::from_millis(250);
 
+/// How long the answer may take where none has ever come; client-go's WebSockets wait as long.
+const UNPROVEN: Duration = Duration::from_mins(1);
+
 /// Whether PINGs are answered in a cluster: one connection finds it out for those that come after it. A PONG must be sent
-/// (RFC 6455 §5.5.2), yet whoever is on the way may drop it, and silence would then be taken for death.
+/// (RFC 6455 §5.5.2), yet whoever is on the way may drop it. So what has never been answered is waited for longer.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Answers(Arc<AtomicBool>);
 
@@ -37,7 +40,7 @@ pub(super) struct Answers(Arc<AtomicBool>);
 /// Errors have the kind that the container runtime's words mean, `ConnectionRefused` when no byte can have reached the
 /// application; `ConnectionAborted` where the port-forward broke or went silent. Silence is found out while somebody reads:
 /// within 15 s, and 6 s while something is under way. A PING waits behind payload that the application does not read, so with
-/// more of that than its socket is sure to take, nothing is found out; nor before any PING was answered, see [`Answers`].
+/// more of that than its socket is sure to take, nothing is found out; where no PING was ever answered, it takes a minute.
 ///
 /// Flushing is not needed: what was written leaves as soon as the connection takes it. All of it is cancel-safe.
 pub(super) struct Channel<S> {
@@ -119,8 +122,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Channel<S> {
         let before = buf.filled().len();
         match Pin::new(&mut this.websocket).poll_read(cx, buf) {
             Poll::Ready(Ok(())) => {
-                if buf.filled().len() > before {
-                    this.life.received(Instant::now());
+                if buf.filled().len() > before && this.life.received(Instant::now()) {
+                    this.websocket.ping();
+                    this.websocket.reply(cx);
                 }
                 Poll::Ready(Ok(()))
             }
@@ -222,10 +226,15 @@ impl Life {
         }
     }
 
-    /// Notes payload from the pod.
-    fn received(&mut self, now: Instant) {
+    /// Notes payload from the pod. Returns whether a first sign of life is to be asked for.
+    fn received(&mut self, now: Instant) -> bool {
         (self.moved_at, self.spoke_at) = (now, now);
         self.unheard = 0;
+        let first = self.first_at.take().is_some();
+        if first {
+            self.asked_at.get_or_insert(now);
+        }
+        first
     }
 
     /// Notes payload to the pod.
@@ -275,8 +284,10 @@ impl Life {
     }
 
     /// Tells whether silence means that nobody is there: the server speaks first, and answers what it reads.
-    fn is_sure(&self) -> bool {
-        self.reads == 0 || self.answers && self.unheard <= SWALLOWED
+    fn is_sure(&self, now: Instant) -> bool {
+        let asked_for = self.asked_at.map(|asked| now.duration_since(asked));
+        let answers = self.answers || asked_for >= Some(UNPROVEN);
+        self.reads == 0 || answers && self.unheard <= SWALLOWED
     }
 
     /// Tells what is to be done now. `reads`: how often anything has come; `answers`: whether signs of life are given here.
@@ -319,7 +330,7 @@ impl Life {
             self.asked_at = Some(now);
             return Act::Ask;
         }
-        if self.is_sure() {
+        if self.is_sure(now) {
             return Act::GiveUp;
         }
         Act::Wait(self.or_closing(now + QUIET))

@@ -3,8 +3,8 @@
 //! twenty here. One at a time moves as much, since a processor that is busy gets no faster by being asked more often.
 //!
 //! A transfer moves one piece whenever it likes, and needs its turn only for going on; so one whose server has nothing for it
-//! waits for nobody. No turns are taken while all of them together are slower than what processors would be busy with: then
-//! links or applications bound them, each by itself.
+//! waits for nobody. No turns are taken while all of them together are slower than what processors would be busy with, nor where
+//! the way is long: then links or applications bound them, each by itself, and TCP is slow to begin again after a pause.
 
 use std::collections::VecDeque;
 use std::mem;
@@ -32,6 +32,9 @@ const GAP: Duration = Duration::from_millis(30);
 const BUSY: u64 = 64 << 20;
 const SPAN: Duration = Duration::from_secs(1);
 
+/// Up to which time there and back turns are taken, of the fastest of all sessions: those that are opened in a rush answer late.
+const NEAR: Duration = Duration::from_millis(2);
+
 /// What the transfers of a program share.
 #[derive(Debug)]
 pub(super) struct Turns {
@@ -44,6 +47,8 @@ pub(super) struct Turns {
 struct Inner {
     /// How many transfers there have been.
     count: u64,
+    /// Whether a session has had an answer within [`NEAR`].
+    near: bool,
     running: Vec<Running>,
     /// The others that want to go on, in order, with whom to tell.
     waiting: VecDeque<(u64, Option<Waker>)>,
@@ -94,7 +99,7 @@ impl Inner {
             (self.span, self.moved) = (Some(now), 0);
         }
         self.moved += bytes;
-        self.was_busy || self.moved >= BUSY
+        self.near && (self.was_busy || self.moved >= BUSY)
     }
 
     /// Gives turns to those that wait, as far as there is room. Returns whom to wake.
@@ -153,6 +158,13 @@ impl Transfer {
             id,
             waits: false,
             sleep: None,
+        }
+    }
+
+    /// Notes how long it takes there and back.
+    pub(super) fn answered_in(&self, round_trip: Duration) {
+        if round_trip < NEAR {
+            self.turns.lock().near = true;
         }
     }
 
@@ -264,8 +276,14 @@ mod tests {
 
     /// So many transfers, of which each wants to go on at any moment.
     fn busy(at_once: usize, count: usize) -> Vec<Transfer> {
+        busy_within(NEAR / 2, at_once, count)
+    }
+
+    /// The same where the way takes so long.
+    fn busy_within(round_trip: Duration, at_once: usize, count: usize) -> Vec<Transfer> {
         let turns = Arc::new(Turns::new(at_once));
         let mut transfers: Vec<Transfer> = (0..count).map(|_| Transfer::new(turns.clone())).collect();
+        transfers[0].answered_in(round_trip);
         // The first is fast, which makes the others wait once they have moved anything.
         transfers[0].moved(BUSY as usize, Instant::now());
         for transfer in &mut transfers {
@@ -317,6 +335,7 @@ mod tests {
     async fn what_is_slow_for_other_reasons_never_waits() {
         let turns = Arc::new(Turns::default());
         let mut transfers: Vec<Transfer> = (0..4).map(|_| Transfer::new(turns.clone())).collect();
+        transfers[0].answered_in(Duration::ZERO);
         let piece = (BUSY / 8) as usize;
         for _ in 0..100 {
             for transfer in &mut transfers {
@@ -324,6 +343,13 @@ mod tests {
                 assert!(!transfer.waits());
             }
             tokio::time::advance(SPAN).await;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn where_the_way_is_long_nobody_waits() {
+        for transfer in &mut busy_within(NEAR, 1, 4) {
+            assert_eq!(run(transfer, 4 * TURN), 4 * TURN);
         }
     }
 

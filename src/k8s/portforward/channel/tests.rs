@@ -167,22 +167,38 @@ async fn a_server_that_swallows_everything_is_given_up_and_one_that_answers_ping
 }
 
 #[tokio::test(start_paused = true)]
-async fn silence_from_the_first_moment_is_told_from_lost_pongs_by_what_another_connection_met() {
+async fn silence_from_the_first_moment_takes_a_minute_unless_another_connection_was_answered() {
     let answers = Answers::default();
-    for others_were_answered in [false, true] {
+    for bounds in [UNPROVEN..UNPROVEN + QUIET, FIRST..QUIET + ANSWER] {
         let (mut channel, mut server) = scene_in(&answers);
         TaskTracker::new().spawn(async move {
             server.greet().await;
             while server.next().await.is_some() {}
         });
-        let hour = tokio::time::timeout(Duration::from_hours(1), channel.read_u8()).await;
-        assert_eq!(hour.is_ok(), others_were_answered, "{hour:?}");
+        let (elapsed, read) = end(&mut channel).await;
+        assert_eq!(read.unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
+        assert!(bounds.contains(&elapsed), "{elapsed:?}");
 
         let (mut other, mut server) = scene_in(&answers);
         TaskTracker::new().spawn(async move { while server.serve().await.is_some() {} });
         let asked = tokio::time::timeout(2 * FIRST, other.read_u8()).await;
         assert!(asked.is_err(), "{asked:?}");
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_has_spoken_tells_at_once_whether_pings_are_answered() {
+    let (mut channel, mut server) = scene();
+    let server = TaskTracker::new().spawn(async move {
+        server.greet().await;
+        server.say("hi").await;
+        let begun = Instant::now();
+        assert_eq!(server.next().await, Some((PING, vec![])));
+        (begun.elapsed(), server)
+    });
+    channel.read_exact(&mut [0; 2]).await.unwrap();
+    // Nobody reads on.
+    assert_eq!(server.await.unwrap().0, Duration::ZERO);
 }
 
 #[tokio::test(start_paused = true)]

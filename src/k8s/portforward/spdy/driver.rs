@@ -6,6 +6,7 @@ use std::mem;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
@@ -43,6 +44,8 @@ pub(super) struct Driver<S> {
     /// Its part in the turns that transfers take, and whether it is one.
     transfer: Transfer,
     is_transfer: bool,
+    /// What was told of the time there and back.
+    round_trip: Option<Duration>,
     buffer: Box<[u8]>,
     sleep: Pin<Box<Sleep>>,
 }
@@ -60,6 +63,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
             proven: false,
             transfer,
             is_transfer: false,
+            round_trip: None,
             buffer: vec![0; READ].into(),
             sleep: Box::pin(tokio::time::sleep_until(Instant::now())),
         }
@@ -192,11 +196,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Driver<S> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let this = &mut *self;
         let now = Instant::now();
-        let (many, is_transfer) = this.shared.with(|state| {
+        let (many, is_transfer, round_trip) = this.shared.with(|state| {
             state.begin_turn();
-            (state.live() > 1, state.is_transfer(now))
+            (state.live() > 1, state.is_transfer(now), state.round_trip())
         });
         this.is_transfer = is_transfer;
+        if this.round_trip != round_trip {
+            this.round_trip = round_trip;
+            this.transfer.answered_in(round_trip.unwrap_or_default());
+        }
         if many && this.waited < COURTESY && this.written == this.batch.len() {
             if this.waited == 0
                 && let Err(error) = this.read(now, cx)
@@ -361,6 +369,10 @@ mod tests {
             let (ours, mut theirs) = duplex(8 * FRAME);
             drain.spawn(async move {
                 let ids = streams(&mut theirs, b"all").await;
+                theirs
+                    .write_all(&[0x80, 3, 0, 6, 0, 0, 0, 4, 0, 0, 0, 1])
+                    .await
+                    .unwrap();
                 let frame = [&ids[1][..], &[0, 0, 0x80, 0], &[0; FRAME]].concat();
                 while theirs.write_all(&frame).await.is_ok() {}
             });

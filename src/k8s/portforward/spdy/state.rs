@@ -301,6 +301,11 @@ impl State {
         self.unplaced + self.live.iter().sum::<usize>()
     }
 
+    /// Returns the shortest time there and back that a sign of life took, once one was given.
+    pub(super) fn round_trip(&self) -> Option<Duration> {
+        self.workers.round_trip()
+    }
+
     /// Tells whether there is a transfer.
     pub(super) fn is_transfer(&self, now: Instant) -> bool {
         self.transfer_until.is_some_and(|until| until > now)

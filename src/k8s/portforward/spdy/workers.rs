@@ -219,9 +219,9 @@ impl Workers {
         self.answered = self.answered.max(Some(sent_at));
     }
 
-    /// Returns the shortest way there and back, or zero while none is known.
-    pub(super) fn round_trip(&self) -> Duration {
-        self.round_trip.unwrap_or_default()
+    /// Returns the shortest time there and back, once one is known.
+    pub(super) fn round_trip(&self) -> Option<Duration> {
+        self.round_trip
     }
 
     /// Tells whether something that was sent after a time has been answered.
@@ -239,7 +239,7 @@ impl Workers {
         let Some(oldest) = self.unanswered.iter().find(|ping| ping.class == class % WORKERS) else {
             return false;
         };
-        let patience = PATIENCE.max(4 * self.round_trip());
+        let patience = PATIENCE.max(4 * self.round_trip().unwrap_or_default());
         now.duration_since(oldest.sent_at) >= patience && self.answered >= Some(oldest.sent_at)
     }
 
