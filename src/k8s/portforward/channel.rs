@@ -230,11 +230,7 @@ impl Life {
     fn received(&mut self, now: Instant) -> bool {
         (self.moved_at, self.spoke_at) = (now, now);
         self.unheard = 0;
-        let first = self.first_at.take().is_some();
-        if first {
-            self.asked_at.get_or_insert(now);
-        }
-        first
+        self.first_at.take().is_some()
     }
 
     /// Notes payload to the pod.

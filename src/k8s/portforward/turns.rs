@@ -32,9 +32,6 @@ const GAP: Duration = Duration::from_millis(30);
 const BUSY: u64 = 64 << 20;
 const SPAN: Duration = Duration::from_secs(1);
 
-/// Up to which time there and back turns are taken, of the fastest of all sessions: those that are opened in a rush answer late.
-const NEAR: Duration = Duration::from_millis(2);
-
 /// What the transfers of a program share.
 #[derive(Debug)]
 pub(super) struct Turns {
@@ -47,7 +44,7 @@ pub(super) struct Turns {
 struct Inner {
     /// How many transfers there have been.
     count: u64,
-    /// Whether a session has had an answer within [`NEAR`].
+    /// Whether any session knows its way to be short: those that are opened in a rush hear late of it.
     near: bool,
     running: Vec<Running>,
     /// The others that want to go on, in order, with whom to tell.
@@ -161,11 +158,9 @@ impl Transfer {
         }
     }
 
-    /// Notes how long it takes there and back.
-    pub(super) fn answered_in(&self, round_trip: Duration) {
-        if round_trip < NEAR {
-            self.turns.lock().near = true;
-        }
+    /// Notes that the way is short.
+    pub(super) fn note_near(&self) {
+        self.turns.lock().near = true;
     }
 
     /// Notes that something was moved, in bytes. After that it may have to wait for its turn.
@@ -276,14 +271,16 @@ mod tests {
 
     /// So many transfers, of which each wants to go on at any moment.
     fn busy(at_once: usize, count: usize) -> Vec<Transfer> {
-        busy_within(NEAR / 2, at_once, count)
+        busy_at(true, at_once, count)
     }
 
-    /// The same where the way takes so long.
-    fn busy_within(round_trip: Duration, at_once: usize, count: usize) -> Vec<Transfer> {
+    /// The same where the way is short, or may be long.
+    fn busy_at(near: bool, at_once: usize, count: usize) -> Vec<Transfer> {
         let turns = Arc::new(Turns::new(at_once));
         let mut transfers: Vec<Transfer> = (0..count).map(|_| Transfer::new(turns.clone())).collect();
-        transfers[0].answered_in(round_trip);
+        if near {
+            transfers[0].note_near();
+        }
         // The first is fast, which makes the others wait once they have moved anything.
         transfers[0].moved(BUSY as usize, Instant::now());
         for transfer in &mut transfers {
@@ -335,7 +332,7 @@ mod tests {
     async fn what_is_slow_for_other_reasons_never_waits() {
         let turns = Arc::new(Turns::default());
         let mut transfers: Vec<Transfer> = (0..4).map(|_| Transfer::new(turns.clone())).collect();
-        transfers[0].answered_in(Duration::ZERO);
+        transfers[0].note_near();
         let piece = (BUSY / 8) as usize;
         for _ in 0..100 {
             for transfer in &mut transfers {
@@ -348,7 +345,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn where_the_way_is_long_nobody_waits() {
-        for transfer in &mut busy_within(NEAR, 1, 4) {
+        for transfer in &mut busy_at(false, 1, 4) {
             assert_eq!(run(transfer, 4 * TURN), 4 * TURN);
         }
     }

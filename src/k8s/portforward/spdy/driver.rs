@@ -6,7 +6,6 @@ use std::mem;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
@@ -44,8 +43,8 @@ pub(super) struct Driver<S> {
     /// Its part in the turns that transfers take, and whether it is one.
     transfer: Transfer,
     is_transfer: bool,
-    /// What was told of the time there and back.
-    round_trip: Option<Duration>,
+    /// Whether it was told that the way is short.
+    near: bool,
     buffer: Box<[u8]>,
     sleep: Pin<Box<Sleep>>,
 }
@@ -63,7 +62,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
             proven: false,
             transfer,
             is_transfer: false,
-            round_trip: None,
+            near: false,
             buffer: vec![0; READ].into(),
             sleep: Box::pin(tokio::time::sleep_until(Instant::now())),
         }
@@ -196,14 +195,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Driver<S> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let this = &mut *self;
         let now = Instant::now();
-        let (many, is_transfer, round_trip) = this.shared.with(|state| {
+        let (many, is_transfer, near) = this.shared.with(|state| {
             state.begin_turn();
-            (state.live() > 1, state.is_transfer(now), state.round_trip())
+            (state.live() > 1, state.is_transfer(now), state.is_near())
         });
         this.is_transfer = is_transfer;
-        if this.round_trip != round_trip {
-            this.round_trip = round_trip;
-            this.transfer.answered_in(round_trip.unwrap_or_default());
+        if near && !mem::replace(&mut this.near, true) {
+            this.transfer.note_near();
         }
         if many && this.waited < COURTESY && this.written == this.batch.len() {
             if this.waited == 0

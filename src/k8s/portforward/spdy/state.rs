@@ -301,9 +301,9 @@ impl State {
         self.unplaced + self.live.iter().sum::<usize>()
     }
 
-    /// Returns the shortest time there and back that a sign of life took, once one was given.
-    pub(super) fn round_trip(&self) -> Option<Duration> {
-        self.workers.round_trip()
+    /// Tells whether the way is known to be short.
+    pub(super) fn is_near(&self) -> bool {
+        self.workers.is_near()
     }
 
     /// Tells whether there is a transfer.

@@ -133,8 +133,11 @@ impl Workers {
 
     /// Tells how many frames may be under way to one worker. `shared`: whether several connections use the session.
     fn limit(&self, shared: bool) -> u64 {
-        let near = self.round_trip.is_some_and(|time| time < NEAR);
-        if shared && near { LIMIT_NEAR } else { LIMIT }
+        if shared && self.is_near() {
+            LIMIT_NEAR
+        } else {
+            LIMIT
+        }
     }
 
     /// Tells whether another frame of payload may be sent to a worker.
@@ -219,9 +222,14 @@ impl Workers {
         self.answered = self.answered.max(Some(sent_at));
     }
 
-    /// Returns the shortest time there and back, once one is known.
-    pub(super) fn round_trip(&self) -> Option<Duration> {
-        self.round_trip
+    /// Returns the shortest way there and back, or zero while none is known.
+    pub(super) fn round_trip(&self) -> Duration {
+        self.round_trip.unwrap_or_default()
+    }
+
+    /// Tells whether the way is known to be short.
+    pub(super) fn is_near(&self) -> bool {
+        self.round_trip.is_some_and(|time| time < NEAR)
     }
 
     /// Tells whether something that was sent after a time has been answered.
@@ -239,7 +247,7 @@ impl Workers {
         let Some(oldest) = self.unanswered.iter().find(|ping| ping.class == class % WORKERS) else {
             return false;
         };
-        let patience = PATIENCE.max(4 * self.round_trip().unwrap_or_default());
+        let patience = PATIENCE.max(4 * self.round_trip());
         now.duration_since(oldest.sent_at) >= patience && self.answered >= Some(oldest.sent_at)
     }
 

@@ -114,7 +114,7 @@ impl State {
             if unsure && !self.workers.is_suspect(place.class) {
                 self.workers.suspect(place.class);
             }
-            if !paused && arrived && waited >= REPLY + 4 * self.workers.round_trip().unwrap_or_default() {
+            if !paused && arrived && waited >= REPLY + 4 * self.workers.round_trip() {
                 self.fail(
                     key,
                     io::ErrorKind::TimedOut,
