@@ -5,15 +5,46 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 
-use tokio::io::{AsyncBufRead, AsyncWrite};
+use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, BufReader};
 
 use crate::registry::PodRef;
 
 /// A byte stream in both directions, which can be read in place.
-pub trait Stream: AsyncBufRead + AsyncWrite + Send + Unpin {}
+pub trait Stream: AsyncBufRead + AsyncWrite + Send + Unpin {
+    /// Returns what is known of those that go the same way. It may be asked when the stream itself is in use elsewhere.
+    fn company(&self) -> Company {
+        Company::default()
+    }
+}
 
-impl<T: AsyncBufRead + AsyncWrite + Send + Unpin> Stream for T {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for BufReader<T> {}
+
+/// Who else goes a stream's way. The default is nobody.
+#[derive(Clone, Default)]
+pub struct Company(Option<Arc<dyn Fn() -> bool + Send + Sync>>);
+
+impl Company {
+    /// `is_bulk` tells whether others transfer so much at the moment that a stream may have to wait for them.
+    pub(crate) fn new(is_bulk: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        Self(Some(Arc::new(is_bulk)))
+    }
+
+    /// Tells whether others transfer so much at the moment that the stream may have to wait for them; a new one may do better.
+    #[must_use]
+    pub fn is_bulk(&self) -> bool {
+        self.0.as_ref().is_some_and(|is_bulk| is_bulk())
+    }
+}
+
+impl fmt::Debug for Company {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Company")
+            .field("is_bulk", &self.is_bulk())
+            .finish()
+    }
+}
 
 /// A byte stream of whatever make.
 pub type BoxStream = Box<dyn Stream>;

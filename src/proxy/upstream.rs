@@ -21,6 +21,7 @@ use hyper::client::conn::TrySendError;
 use rustls::pki_types::ServerName;
 use tokio::time::Instant;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tracing::{debug, warn};
 
 use crate::drain::Drain;
@@ -31,7 +32,7 @@ use crate::proxy::replay::RequestBody;
 use crate::proxy::upstream::cause::Cause;
 use crate::tls::{self, Trust};
 use crate::traffic::milliseconds;
-use crate::transport::{BoxStream, Connect, ConnectError, Target, io_cause};
+use crate::transport::{BoxStream, Company, Connect, ConnectError, Stream, Target, io_cause};
 
 pub(crate) use lease::Lease;
 
@@ -239,6 +240,12 @@ impl Shared {
             Ok(Err(error)) => Err(failed(error.to_string())),
             Err(_) => Err(unopened(ConnectError::Timeout(peer.target.clone(), TLS_TIMEOUT))),
         }
+    }
+}
+
+impl Stream for TlsStream<BoxStream> {
+    fn company(&self) -> Company {
+        self.get_ref().0.company()
     }
 }
 

@@ -9,7 +9,7 @@
 use std::collections::VecDeque;
 use std::mem;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
@@ -34,21 +34,21 @@ const SPAN: Duration = Duration::from_secs(1);
 
 /// What the transfers of a program share.
 #[derive(Debug)]
-pub(super) struct Turns {
-    /// How many go on at a time where there are more.
-    at_once: usize,
-    inner: Mutex<Inner>,
-}
+pub(super) struct Turns(Mutex<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
+    /// How many go on at a time where there are more.
+    at_once: usize,
     /// How many transfers there have been.
     count: u64,
-    /// Whether any session knows its way to be short: those that are opened in a rush hear late of it.
-    near: bool,
+    /// How many sessions know their way to be short. One is enough: those that are opened in a rush hear late of it.
+    near: usize,
     running: Vec<Running>,
     /// The others that want to go on, in order, with whom to tell.
     waiting: VecDeque<(u64, Option<Waker>)>,
+    /// Whom to wake once the lock is free.
+    woken: Vec<Waker>,
     /// When the span began, how much was moved in it, and whether the last one was busy.
     span: Option<Instant>,
     moved: u64,
@@ -75,14 +75,21 @@ impl Turns {
     /// Makes turns for so many transfers at a time: as many as there are threads to carry them. One more never waits: it costs
     /// neighbours less than pauses would cost both.
     pub(super) fn new(at_once: usize) -> Self {
-        Self {
+        Self(Mutex::new(Inner {
             at_once: at_once.max(1),
-            inner: Mutex::default(),
-        }
+            ..Inner::default()
+        }))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Does something under the lock, and wakes whom it concerns after it.
+    fn with<T>(&self, act: impl FnOnce(&mut Inner) -> T) -> T {
+        // What the lock guards is plain code; a panic inside such code left it consistent.
+        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = act(&mut inner);
+        let woken = mem::take(&mut inner.woken);
+        drop(inner);
+        woken.into_iter().for_each(Waker::wake);
+        result
     }
 }
 
@@ -96,27 +103,67 @@ impl Inner {
             (self.span, self.moved) = (Some(now), 0);
         }
         self.moved += bytes;
-        self.near && (self.was_busy || self.moved >= BUSY)
+        self.near > 0 && (self.was_busy || self.moved >= BUSY)
     }
 
-    /// Gives turns to those that wait, as far as there is room. Returns whom to wake.
-    fn next(&mut self, at_once: usize, now: Instant) -> Vec<Waker> {
-        let mut woken = Vec::new();
-        while self.has_room(at_once, 0)
+    /// Lets all go on.
+    fn clear(&mut self) {
+        self.running.clear();
+        let wakers = self.waiting.drain(..).filter_map(|(_, waker)| waker);
+        self.woken.extend(wakers);
+    }
+
+    /// Forgets a transfer.
+    fn leave(&mut self, id: u64, now: Instant) {
+        self.running.retain(|running| running.id != id);
+        self.waiting.retain(|(waiting, _)| *waiting != id);
+        self.next(now);
+    }
+
+    /// Gives turns to those that wait, as far as there is room.
+    fn next(&mut self, now: Instant) {
+        while self.has_room(0)
             && let Some((id, waker)) = self.waiting.pop_front()
         {
             self.begin(id, now);
-            woken.extend(waker);
+            self.woken.extend(waker);
         }
         // Whoever is the first now looks after those that run.
-        woken.extend(self.waiting.front_mut().and_then(|(_, waker)| waker.take()));
-        woken
+        let first = self.waiting.front_mut().and_then(|(_, waker)| waker.take());
+        self.woken.extend(first);
     }
 
     /// Tells whether one more may go on, when `more` join those that wait.
-    fn has_room(&self, at_once: usize, more: usize) -> bool {
+    fn has_room(&self, more: usize) -> bool {
         let all = self.running.len() + self.waiting.len() + more;
-        self.running.len() < at_once || all == at_once + 1
+        self.running.len() < self.at_once || all == self.at_once + 1
+    }
+
+    /// Notes that a transfer has moved something. Returns whether it has to wait for its turn.
+    fn moved(&mut self, id: u64, bytes: u64, now: Instant) -> bool {
+        if !self.count(bytes, now) {
+            self.clear();
+            return false;
+        }
+        let (turn, alone) = (self.turn(), self.waiting.is_empty());
+        if let Some(index) = self.running.iter().position(|running| running.id == id) {
+            let running = &mut self.running[index];
+            running.moved += bytes;
+            running.moved_at = now;
+            if alone || running.moved < turn {
+                return false;
+            }
+            self.running.swap_remove(index);
+            self.waiting.push_back((id, None));
+            self.next(now);
+            return true;
+        }
+        if alone && self.has_room(1) {
+            self.begin(id, now);
+            return false;
+        }
+        self.waiting.push_back((id, None));
+        true
     }
 
     fn begin(&mut self, id: u64, now: Instant) {
@@ -138,6 +185,10 @@ impl Inner {
 pub(super) struct Transfer {
     turns: Arc<Turns>,
     id: u64,
+    /// Whether its way is known to be short.
+    near: bool,
+    /// Whether it has moved anything since it last left.
+    takes_part: bool,
     waits: bool,
     /// When the first in the row looks after those that run.
     sleep: Option<Pin<Box<Sleep>>>,
@@ -146,55 +197,40 @@ pub(super) struct Transfer {
 impl Transfer {
     /// Takes part, from its first [`Transfer::moved`] on.
     pub(super) fn new(turns: Arc<Turns>) -> Self {
-        let mut inner = turns.lock();
-        inner.count += 1;
-        let id = inner.count;
-        drop(inner);
+        let id = turns.with(|inner| {
+            inner.count += 1;
+            inner.count
+        });
         Self {
             turns,
             id,
+            near: false,
+            takes_part: false,
             waits: false,
             sleep: None,
         }
     }
 
-    /// Notes that the way is short.
-    pub(super) fn note_near(&self) {
-        self.turns.lock().near = true;
+    /// Notes that the way is short. It stays so while this lives.
+    pub(super) fn note_near(&mut self) {
+        if !mem::replace(&mut self.near, true) {
+            self.turns.with(|inner| inner.near += 1);
+        }
     }
 
     /// Notes that something was moved, in bytes. After that it may have to wait for its turn.
     pub(super) fn moved(&mut self, bytes: usize, now: Instant) {
-        let at_once = self.turns.at_once;
-        let mut inner = self.turns.lock();
-        let woken = if !inner.count(bytes as u64, now) {
-            inner.running.clear();
-            mem::take(&mut inner.waiting)
-                .into_iter()
-                .filter_map(|(_, waker)| waker)
-                .collect()
-        } else if let Some(index) = inner.running.iter().position(|running| running.id == self.id) {
-            let (turn, alone) = (inner.turn(), inner.waiting.is_empty());
-            let running = &mut inner.running[index];
-            running.moved += bytes as u64;
-            running.moved_at = now;
-            if alone || running.moved < turn {
-                return;
-            }
-            inner.running.swap_remove(index);
-            inner.waiting.push_back((self.id, None));
-            self.waits = true;
-            inner.next(at_once, now)
-        } else if inner.waiting.is_empty() && inner.has_room(at_once, 1) {
-            inner.begin(self.id, now);
-            return;
-        } else {
-            inner.waiting.push_back((self.id, None));
-            self.waits = true;
-            return;
-        };
-        drop(inner);
-        woken.into_iter().for_each(Waker::wake);
+        let (id, bytes) = (self.id, bytes as u64);
+        self.takes_part = true;
+        self.waits = self.turns.with(|inner| inner.moved(id, bytes, now));
+    }
+
+    /// Takes no part until it moves something again: it need not wait, and the others go on.
+    pub(super) fn leave(&mut self) {
+        if mem::take(&mut self.takes_part) {
+            self.turns.with(|inner| inner.leave(self.id, Instant::now()));
+        }
+        self.waits = false;
     }
 
     /// Tells whether it has to wait for its turn.
@@ -223,38 +259,34 @@ impl Transfer {
     /// Leaves `waker`, if it has to wait. The first in the row also takes the place of a transfer that has had nothing to move,
     /// and is told when to look again.
     fn look(&self, now: Instant, waker: &Waker) -> Option<Option<Instant>> {
-        let mut inner = self.turns.lock();
-        let place = inner.waiting.iter().position(|(id, _)| *id == self.id)?;
-        let mut look_at = None;
-        if place == 0 {
-            let goes_on = |running: &Running| now.duration_since(running.moved_at) < GAP;
-            inner.running.retain(goes_on);
-            if inner.has_room(self.turns.at_once, 0) {
-                let woken = inner.next(self.turns.at_once, now);
-                drop(inner);
-                woken.into_iter().for_each(Waker::wake);
-                return None;
+        self.turns.with(|inner| {
+            let place = inner.waiting.iter().position(|(id, _)| *id == self.id)?;
+            let mut look_at = None;
+            if place == 0 {
+                let goes_on = |running: &Running| now.duration_since(running.moved_at) < GAP;
+                inner.running.retain(goes_on);
+                if inner.has_room(0) {
+                    inner.next(now);
+                    return None;
+                }
+                look_at = inner.running.iter().map(|running| running.moved_at + GAP).min();
             }
-            look_at = inner.running.iter().map(|running| running.moved_at + GAP).min();
-        }
-        let (_, waiting) = inner.waiting.get_mut(place)?;
-        match waiting {
-            Some(waiting) => waiting.clone_from(waker),
-            None => *waiting = Some(waker.clone()),
-        }
-        Some(look_at)
+            let (_, waiting) = inner.waiting.get_mut(place)?;
+            match waiting {
+                Some(waiting) => waiting.clone_from(waker),
+                None => *waiting = Some(waker.clone()),
+            }
+            Some(look_at)
+        })
     }
 }
 
 impl Drop for Transfer {
     fn drop(&mut self) {
-        let at_once = self.turns.at_once;
-        let mut inner = self.turns.lock();
-        inner.running.retain(|running| running.id != self.id);
-        inner.waiting.retain(|(id, _)| *id != self.id);
-        let woken = inner.next(at_once, Instant::now());
-        drop(inner);
-        woken.into_iter().for_each(Waker::wake);
+        self.turns.with(|inner| {
+            inner.near -= usize::from(self.near);
+            inner.leave(self.id, Instant::now());
+        });
     }
 }
 
@@ -346,6 +378,13 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn where_the_way_is_long_nobody_waits() {
         for transfer in &mut busy_at(false, 1, 4) {
+            assert_eq!(run(transfer, 4 * TURN), 4 * TURN);
+        }
+        // It was short for one that has gone.
+        let mut transfers = busy(1, 5);
+        drop(transfers.remove(0));
+        for transfer in &mut transfers {
+            assert!(has_turn(transfer));
             assert_eq!(run(transfer, 4 * TURN), 4 * TURN);
         }
     }

@@ -20,7 +20,7 @@ use crate::proxy::replay::RequestBody;
 use crate::proxy::upstream::cause::{Cause, Noted};
 use crate::proxy::upstream::{Fresh, Peer, Shared, lock};
 use crate::registry::Load;
-use crate::transport::ConnectError;
+use crate::transport::{Company, ConnectError};
 
 /// How many connections are opened at the same time to one port of one pod.
 const MAX_OPENING: usize = 16;
@@ -35,6 +35,7 @@ pub(super) const SURPLUS: Duration = Duration::from_secs(10);
 pub(super) struct Connection {
     pub(super) sender: SendRequest<RequestBody>,
     pub(super) cause: Cause,
+    company: Company,
     /// Its place among those that the pod may have.
     _place: OwnedSemaphorePermit,
 }
@@ -83,10 +84,8 @@ impl Pool {
             if fresh == Fresh::Yes {
                 state.idle.clear();
             }
-            while let Some((connection, _)) = state.idle.pop_back() {
-                if connection.sender.is_ready() {
-                    return Ok((connection, true));
-                }
+            if let Some(connection) = state.take_idle(self.has_place()) {
+                return Ok((connection, true));
             }
             let (hand_over, waiting) = oneshot::channel();
             state.waiting.push_back(hand_over);
@@ -113,7 +112,20 @@ impl Pool {
 
     /// Takes a connection back that can carry another request.
     pub(super) fn put(&self, connection: Connection) {
-        lock(&self.state).hand_over(connection, true);
+        let has_place = self.has_place();
+        let mut state = lock(&self.state);
+        let served = has_place && state.waiting.len() <= state.opening;
+        if served && connection.company.is_bulk() {
+            // Those who wait get a better one.
+            state.keep(connection);
+        } else {
+            state.hand_over(connection, true);
+        }
+    }
+
+    /// Tells whether the pod may have another connection.
+    fn has_place(&self) -> bool {
+        self.places.available_permits() > 0
     }
 
     /// Waits until the pod may have another connection.
@@ -145,7 +157,7 @@ impl Pool {
 
     async fn connect(&self, shared: &Arc<Shared>, place: OwnedSemaphorePermit) -> Result<Connection, Error> {
         let stream = shared.open(&self.peer).await?;
-        let cause = Cause::default();
+        let (cause, company) = (Cause::default(), stream.company());
         let (sender, connection) = http1::Builder::new()
             .preserve_header_case(true)
             .max_headers(shared.limits.response_header_fields)
@@ -164,6 +176,7 @@ impl Pool {
         Ok(Connection {
             sender,
             cause,
+            company,
             _place: place,
         })
     }
@@ -201,6 +214,21 @@ impl State {
         true
     }
 
+    /// Takes the idle connection that was used last, without those that would wait for others' transfers if there may be a
+    /// better one.
+    fn take_idle(&mut self, better: bool) -> Option<Connection> {
+        loop {
+            let fits = |(connection, _): &(Connection, Instant)| {
+                !better || !connection.sender.is_ready() || !connection.company.is_bulk()
+            };
+            let index = self.idle.iter().rposition(fits)?;
+            let (connection, _) = self.idle.remove(index)?;
+            if connection.sender.is_ready() {
+                return Some(connection);
+            }
+        }
+    }
+
     /// Gives a connection to the first request that still waits, or keeps it.
     fn hand_over(&mut self, connection: Connection, used: bool) {
         let mut connection = connection;
@@ -211,6 +239,10 @@ impl State {
                 Err(Err(_)) => unreachable!("what comes back is what was sent"),
             }
         }
+        self.keep(connection);
+    }
+
+    fn keep(&mut self, connection: Connection) {
         self.idle.push_back((connection, Instant::now()));
     }
 
@@ -245,6 +277,14 @@ impl Opening {
             }
             let opened = self.pool.connect(&self.shared, place).await;
             let mut state = lock(&self.pool.state);
+            if opened.is_err() {
+                // Those that were passed over are better than none.
+                while !state.waiting.is_empty()
+                    && let Some(connection) = state.take_idle(false)
+                {
+                    state.hand_over(connection, true);
+                }
+            }
             match opened {
                 Ok(connection) => state.hand_over(connection, false),
                 // The last opening speaks for everybody who waits; the others have companions that may still succeed.

@@ -14,9 +14,10 @@ use kube_tunnel::registry::PodRef;
 use kube_tunnel::testing::{Carrier, ContainerRuntime, FakeCluster, ForwardFault, STALLED_SOCKET, Workload};
 use kube_tunnel::transport::{BoxStream, Connect, Target};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::task::JoinSet;
 
 use crate::app::{PATIENCE, TestApp, eventually};
-use crate::client::{Client, get};
+use crate::client::{Client, fetch, get};
 use crate::transport::{
     FEW, NOBODY, NOBODY_PORT, RUNTIMES, SIDE, SIDE_PORT, WEB, assert_others_go_on, pod, submit, warm_up,
 };
@@ -136,6 +137,35 @@ async fn others_go_on_beside_a_client_that_does_not_read() {
     // It has begun to pile up.
     eventually("the download", || scene.bytes_from_pods() - before > 1 << 20).await;
     assert_others_go_on(scene.app.address).await;
+    drop(unread);
+}
+
+#[tokio::test]
+async fn no_request_takes_a_connection_that_a_transfer_holds_up_while_there_may_be_another() {
+    const CROWD: usize = 32;
+    // The session gives up a reader that holds up others after five seconds.
+    const SOON: Duration = Duration::from_secs(4);
+    let scene = scene("spdy").await;
+    let unread = Client::http1(scene.app.address)
+        .await
+        .send(get(WEB, "/bytes/1073741824"))
+        .await;
+    let mut before = 0;
+    eventually("the download stalls", || {
+        let now = scene.bytes_from_pods();
+        let stands = now == before && now > 4 << 20;
+        before = now;
+        stands
+    })
+    .await;
+    let mut requests = JoinSet::new();
+    for _ in 0..CROWD {
+        let address = scene.app.address;
+        requests.spawn(async move { tokio::time::timeout(SOON, fetch(address, WEB, "/slow?ms=5")).await });
+    }
+    for reply in requests.join_all().await {
+        assert_eq!(reply.expect("held up").status, StatusCode::OK);
+    }
     drop(unread);
 }
 

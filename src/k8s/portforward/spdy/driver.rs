@@ -43,8 +43,6 @@ pub(super) struct Driver<S> {
     /// Its part in the turns that transfers take, and whether it is one.
     transfer: Transfer,
     is_transfer: bool,
-    /// Whether it was told that the way is short.
-    near: bool,
     buffer: Box<[u8]>,
     sleep: Pin<Box<Sleep>>,
 }
@@ -62,7 +60,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
             proven: false,
             transfer,
             is_transfer: false,
-            near: false,
             buffer: vec![0; READ].into(),
             sleep: Box::pin(tokio::time::sleep_until(Instant::now())),
         }
@@ -200,7 +197,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Driver<S> {
             (state.live() > 1, state.is_transfer(now), state.is_near())
         });
         this.is_transfer = is_transfer;
-        if near && !mem::replace(&mut this.near, true) {
+        if near {
             this.transfer.note_near();
         }
         if many && this.waited < COURTESY && this.written == this.batch.len() {
@@ -217,7 +214,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Driver<S> {
         this.waited = 0;
         loop {
             if this.transfer.waits() && this.transfer.poll_turn(cx).is_pending() {
-                return Poll::Pending;
+                if this.shared.with(|state| state.stand_back(now, cx)) {
+                    return Poll::Pending;
+                }
+                this.transfer.leave();
             }
             if let Err(error) = this.exchange(cx) {
                 return this.end(&error.to_string());

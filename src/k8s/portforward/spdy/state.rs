@@ -166,6 +166,8 @@ pub(super) struct State {
     bulk_until: Option<Instant>,
     /// Until when one counts as such.
     transfer_until: Option<Instant>,
+    /// The last connection that was at work and is no transfer, and until when the session goes on for its sake.
+    other: Option<(usize, Instant)>,
     /// Whether the peer has answered anything.
     proven: bool,
     /// No newcomers; ends with the last connection.
@@ -220,6 +222,7 @@ impl State {
             busy_since: None,
             bulk_until: None,
             transfer_until: None,
+            other: None,
             proven: false,
             retired: false,
             refuses: None,
@@ -306,9 +309,38 @@ impl State {
         self.workers.is_near()
     }
 
-    /// Tells whether there is a transfer.
+    /// Tells whether there are transfers, and nothing beside them that would have to wait for their turns.
     pub(super) fn is_transfer(&self, now: Instant) -> bool {
+        self.transfer_until.is_some_and(|until| until > now) && !self.is_mixed(now)
+    }
+
+    /// Tells whether another connection than this one is a transfer. One that has ended still looks like it, but moves nothing.
+    pub(super) fn has_transfer_beside(&self, key: usize, now: Instant) -> bool {
+        let goes_on = |entry: &Entry| {
+            entry
+                .moved
+                .1
+                .is_some_and(|since| now.duration_since(since) < 2 * BULK_SPAN)
+        };
         self.transfer_until.is_some_and(|until| until > now)
+            && self
+                .connections
+                .iter()
+                .any(|(other, entry)| other != key && entry.run >= TRANSFER && goes_on(entry))
+    }
+
+    fn is_mixed(&self, now: Instant) -> bool {
+        self.other.is_some_and(|(_, until)| until > now)
+    }
+
+    /// Ends a turn of the session's task before it has done anything: it waits for transfers of other sessions. Returns whether
+    /// it has to.
+    pub(super) fn stand_back(&mut self, now: Instant, cx: &Context<'_>) -> bool {
+        let must = self.ended.is_none() && !self.is_mixed(now);
+        if must {
+            self.driver = Some(cx.waker().clone());
+        }
+        must
     }
 
     /// Tells whether the peer has proven to understand SPDY.

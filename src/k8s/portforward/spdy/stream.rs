@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use crate::k8s::portforward::spdy::Shared;
 use crate::k8s::portforward::spdy::chunks::Chunk;
+use crate::transport::{Company, Stream};
 
 /// A byte stream to a pod's port. It is opened when it is first used.
 ///
@@ -40,6 +41,13 @@ impl PodStream {
             key,
             chunk: None,
         }
+    }
+}
+
+impl Stream for PodStream {
+    fn company(&self) -> Company {
+        let (shared, key) = (self.shared.clone(), self.key);
+        Company::new(move || shared.lock().has_transfer_beside(key, Instant::now()))
     }
 }
 

@@ -165,6 +165,9 @@ impl State {
         }
         if entry.run >= TRANSFER {
             self.transfer_until = Some(now + BULK_SPAN);
+            self.other = self.other.filter(|(other, _)| *other != key);
+        } else {
+            self.other = Some((key, now + BULK_SPAN));
         }
         if entry.run >= LARGE && !mem::replace(&mut entry.large, true) {
             self.ports.note_size(entry.port, Size::Large);

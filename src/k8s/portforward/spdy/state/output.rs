@@ -11,7 +11,7 @@ use tracing::trace;
 use crate::k8s::portforward::ports::Behaviour;
 use crate::k8s::portforward::spdy::entry::{Half, Ours, Outcome, Place};
 use crate::k8s::portforward::spdy::frame;
-use crate::k8s::portforward::spdy::state::{State, keep};
+use crate::k8s::portforward::spdy::state::{BULK_SPAN, State, TRANSFER, keep};
 use crate::k8s::portforward::spdy::workers::WORKERS;
 
 /// The id of a stream that is never opened: opening it later than a higher one is refused by the peer's read loop itself,
@@ -73,6 +73,9 @@ impl State {
         }
         let shared = self.is_shared();
         let entry = self.connections.get_mut(key).expect("its stream holds it");
+        if entry.unheard() < TRANSFER {
+            self.other = Some((key, now + BULK_SPAN));
+        }
         let place = match entry.place {
             Some(place) if !entry.hold => place,
             _ => return self.wait(key, false, cx),
