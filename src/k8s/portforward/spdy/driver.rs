@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::io;
 use std::mem;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
@@ -20,6 +20,10 @@ const READ: usize = 64 << 10;
 /// How often one poll goes round before others get their turn, a TLS record each time: as much as a reader then takes in one
 /// piece. Where twenty transfers run, a neighbour waits for all of them to have had their turn.
 const ROUNDS: usize = 4;
+
+/// How much moves before the thread looks for what has come meanwhile. A transfer and whoever feeds it keep each other ready to
+/// run, and a thread that always has somebody ready looks after so many tasks only, of which each moves half a megabyte.
+const LOOK: usize = 256 << 10;
 
 /// How often others go first before something is written: what they have for the session leaves in the same write, and each
 /// write costs API server, kubelet and container runtime a wake-up. A request passes two tasks on its way here.
@@ -38,6 +42,8 @@ pub(super) struct Driver<S> {
     stalled: bool,
     /// How often others have gone first.
     waited: u8,
+    /// How much has moved since the thread last looked.
+    unseen: usize,
     /// Whether it was told that the peer understands SPDY.
     proven: bool,
     /// Its part in the turns that transfers take, and whether it is one.
@@ -57,6 +63,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
             unflushed: false,
             stalled: false,
             waited: 0,
+            unseen: 0,
             proven: false,
             transfer,
             is_transfer: false,
@@ -147,6 +154,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
             if moved == 0 {
                 return Ok(());
             }
+            self.unseen += moved;
             if self.is_transfer {
                 self.transfer.moved(moved, now);
                 if self.transfer.waits() {
@@ -154,8 +162,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
                 }
             }
         }
-        cx.waker().wake_by_ref();
+        self.let_others_go_first(cx);
         Ok(())
+    }
+
+    /// Goes on once all that are ready have had their turn, and those for whom something has come.
+    fn let_others_go_first(&mut self, cx: &mut Context<'_>) {
+        self.unseen = 0;
+        // Its waker is the runtime's to call by now; nothing is left to wait for here.
+        let _ = pin!(tokio::task::yield_now()).poll(cx);
     }
 
     /// Reads what is there already of a connection that takes nothing any more: answers may be among it. Tokio's budget for a
@@ -199,6 +214,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Driver<S> {
         this.is_transfer = is_transfer;
         if near {
             this.transfer.note_near();
+        }
+        if this.unseen >= LOOK {
+            this.let_others_go_first(cx);
+            return Poll::Pending;
         }
         if many && this.waited < COURTESY && this.written == this.batch.len() {
             if this.waited == 0
@@ -266,6 +285,8 @@ mod tests {
     use std::time::Duration;
 
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+    use tokio::net::{TcpListener, TcpStream};
+    use tokio::runtime::Builder;
     use tokio::sync::mpsc;
 
     use crate::drain::Drain;
@@ -274,6 +295,9 @@ mod tests {
 
     /// What the connection holds.
     const PIPE: usize = 4 << 10;
+
+    /// What a download's frames carry.
+    const FRAME: usize = 32 << 10;
 
     fn start(io: DuplexStream, drain: &Drain) -> Session {
         let slow_readers = SlowReaders::default();
@@ -358,30 +382,76 @@ mod tests {
         assert!(matches!(*session.phase().borrow(), Phase::Ended(_)));
     }
 
+    /// Downloads so many frames over a session of its own, and tells of each.
+    fn download(
+        name: usize,
+        frames: usize,
+        turns: &Arc<Turns>,
+        moved: &mpsc::UnboundedSender<usize>,
+        drain: &Drain,
+    ) {
+        let (ours, mut theirs) = duplex(8 * FRAME);
+        drain.spawn(async move {
+            let ids = streams(&mut theirs, b"all").await;
+            theirs
+                .write_all(&[0x80, 3, 0, 6, 0, 0, 0, 4, 0, 0, 0, 1])
+                .await
+                .unwrap();
+            let frame = [&ids[1][..], &[0, 0, 0x80, 0], &[0; FRAME]].concat();
+            for _ in 0..frames {
+                if theirs.write_all(&frame).await.is_err() {
+                    return;
+                }
+            }
+            std::future::pending().await
+        });
+        let session = Session::start(ours, Arc::default(), SlowReaders::default(), turns.clone(), drain);
+        let (mut stream, moved) = (session.connect(80, true), moved.clone());
+        drain.spawn(async move {
+            stream.write_all(b"all").await.unwrap();
+            let mut bytes = vec![0; FRAME];
+            while stream.read_exact(&mut bytes).await.is_ok() && moved.send(name).is_ok() {}
+        });
+    }
+
+    #[test]
+    fn a_transfer_lets_its_thread_look_for_what_has_come_meanwhile() {
+        const ALL: usize = (128 << 20) / FRAME;
+        const WORDS: usize = 10;
+        // It would not look while there is anything to do.
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .event_interval(u32::MAX)
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let (drain, (moved, order)) = (Drain::new(), mpsc::unbounded_channel());
+            download(0, ALL, &Arc::default(), &moved, &drain);
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            drain.spawn(async move {
+                let (mut peer, _) = listener.accept().await.unwrap();
+                let (mut reader, mut writer) = peer.split();
+                tokio::io::copy(&mut reader, &mut writer).await.unwrap();
+            });
+            let mut peer = TcpStream::connect(address).await.unwrap();
+            for _ in 0..WORDS {
+                peer.write_u8(1).await.unwrap();
+                peer.read_u8().await.unwrap();
+            }
+            assert!(
+                order.len() < ALL,
+                "everything had moved before {WORDS} words were answered"
+            );
+        });
+    }
+
     #[tokio::test(start_paused = true)]
     async fn transfers_of_several_sessions_take_turns() {
-        const FRAME: usize = 32 << 10;
         let (drain, turns) = (Drain::new(), Arc::<Turns>::default());
         let (moved, mut order) = mpsc::unbounded_channel();
         for name in 0..3 {
-            let (ours, mut theirs) = duplex(8 * FRAME);
-            drain.spawn(async move {
-                let ids = streams(&mut theirs, b"all").await;
-                theirs
-                    .write_all(&[0x80, 3, 0, 6, 0, 0, 0, 4, 0, 0, 0, 1])
-                    .await
-                    .unwrap();
-                let frame = [&ids[1][..], &[0, 0, 0x80, 0], &[0; FRAME]].concat();
-                while theirs.write_all(&frame).await.is_ok() {}
-            });
-            let ports = Arc::default();
-            let session = Session::start(ours, ports, SlowReaders::default(), turns.clone(), &drain);
-            let (mut stream, moved) = (session.connect(80, true), moved.clone());
-            drain.spawn(async move {
-                stream.write_all(b"all").await.unwrap();
-                let mut bytes = vec![0; FRAME];
-                while stream.read_exact(&mut bytes).await.is_ok() && moved.send(name).is_ok() {}
-            });
+            download(name, usize::MAX, &turns, &moved, &drain);
         }
         let mut next = async || order.recv().await.unwrap();
         for _ in 0..(128 << 20) / FRAME {
