@@ -1,5 +1,7 @@
 //! What the program says about itself: log format, level and colour. One line per event on stderr, time in RFC 3339.
 
+mod fields;
+
 use std::fmt;
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::str::FromStr;
@@ -11,6 +13,8 @@ use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGua
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::FormatTime;
+
+use crate::telemetry::fields::Fields;
 
 /// The target of access records, so that `kube_tunnel::access=off` silences exactly them.
 pub const ACCESS: &str = "kube_tunnel::access";
@@ -201,7 +205,7 @@ pub fn init(config: &Config) -> Log {
         .with_ansi(io::stderr().is_terminal() && !no_color);
     // An error means that a log is installed already.
     let _ = match config.format {
-        Format::Text => builder.with_target(false).try_init(),
+        Format::Text => builder.with_target(false).fmt_fields(Fields).try_init(),
         Format::Json => builder
             .json()
             .flatten_event(true)

@@ -100,16 +100,16 @@ pub struct AccessRecord {
 }
 
 impl AccessRecord {
-    /// Opens the record of a request.
+    /// Opens the record of a request. It is on its way for as long as the request, through many hands, so it stays in one place.
     #[must_use]
-    pub fn new(
+    pub fn open(
         request: u64,
         client: SocketAddr,
         downstream: &'static str,
         method: Method,
         path: String,
-    ) -> Self {
-        Self {
+    ) -> Box<Self> {
+        Box::new(Self {
             request,
             started: Instant::now(),
             client,
@@ -130,7 +130,7 @@ impl AccessRecord {
             flag: None,
             reason: None,
             outcome: Outcome::default(),
-        }
+        })
     }
 
     /// The flag to show: the one that was set, or the one that the outcome implies.

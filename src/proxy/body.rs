@@ -121,7 +121,7 @@ pub(crate) struct Passed {
     _in_flight: InFlight,
     /// Resets the client's connection if the body breaks.
     reset: Option<Reset>,
-    record: AccessRecord,
+    record: Box<AccessRecord>,
 }
 
 impl ResponseBody {
@@ -132,7 +132,7 @@ impl ResponseBody {
         unasked: Option<DropGuard>,
         in_flight: InFlight,
         reset: Option<Reset>,
-        record: AccessRecord,
+        record: Box<AccessRecord>,
     ) -> Self {
         let mut passed = Passed {
             body,

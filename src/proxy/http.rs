@@ -40,7 +40,7 @@ pub(super) async fn answer(
 ) -> Result<Response<ResponseBody>, Infallible> {
     let path = request.uri().path().to_owned();
     let (client, protocol) = (downstream.client, downstream.protocol(request.version()));
-    let mut record = AccessRecord::new(
+    let mut record = AccessRecord::open(
         context.requests.next(),
         client,
         protocol,
@@ -151,7 +151,7 @@ async fn dispatch(
 fn in_its_place(
     answered: Answered,
     headers: HeaderMap,
-    mut record: AccessRecord,
+    mut record: Box<AccessRecord>,
     clients: &Drain,
 ) -> Response<ResponseBody> {
     let said = answered.answer.response.status();
@@ -170,7 +170,11 @@ fn in_its_place(
 }
 
 /// Passes a pod's response on to the client.
-fn pass_on(answered: Answered, reset: Option<Reset>, mut record: AccessRecord) -> Response<ResponseBody> {
+fn pass_on(
+    answered: Answered,
+    reset: Option<Reset>,
+    mut record: Box<AccessRecord>,
+) -> Response<ResponseBody> {
     let Answered {
         answer,
         unasked,

@@ -88,7 +88,7 @@ pub(super) fn show(
     page: Page,
     context: &Context,
     asked: &Asked<'_>,
-    record: AccessRecord,
+    record: Box<AccessRecord>,
 ) -> Response<ResponseBody> {
     let draining = context.clients.is_started();
     let (status, kind, body) = match page {

@@ -56,7 +56,7 @@ pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
 }
 
 /// Answers a request that got no answer from a pod.
-pub(super) fn fail(form: Form, error: &Error, mut record: AccessRecord) -> Response<ResponseBody> {
+pub(super) fn fail(form: Form, error: &Error, mut record: Box<AccessRecord>) -> Response<ResponseBody> {
     let reply = error.reply();
     let text = error.to_string();
     record.flag = Some(reply.flag);
@@ -105,7 +105,7 @@ pub(super) fn respond(
     status: StatusCode,
     mut headers: HeaderMap,
     mut body: Bytes,
-    mut record: AccessRecord,
+    mut record: Box<AccessRecord>,
 ) -> Response<ResponseBody> {
     if record.method == Method::HEAD {
         headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));

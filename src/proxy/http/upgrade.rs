@@ -95,7 +95,7 @@ impl Upgrade {
         self,
         answered: Answered,
         downstream: Arc<Downstream>,
-        mut record: AccessRecord,
+        mut record: Box<AccessRecord>,
         drain: &Drain,
     ) -> Response<ResponseBody> {
         let Answered {
@@ -139,7 +139,7 @@ async fn join(
     pod: OnUpgrade,
     reset: Option<Reset>,
     _held: (Arc<Downstream>, Lease, InFlight),
-    mut record: AccessRecord,
+    mut record: Box<AccessRecord>,
 ) {
     match splice(client, pod, reset).await {
         Ok((received, sent)) => {
