@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 use futures_util::future::try_join_all;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::contestant::Running;
 use crate::profile::Profile;
@@ -47,7 +47,7 @@ pub(crate) async fn run(running: &Running, ways: &[Way], streams: usize, time: D
     let address = running.address(0);
     let counts = vec![Cell::new(0); ways.len()];
     let work = ways.iter().zip(&counts).flat_map(|(way, count)| {
-        let one = move |_| stream(address, &running.host, *way, count);
+        let one = move |_| stream(address, &running.host, *way, None, count);
         (0..streams).map(one)
     });
     let work = try_join_all(work);
@@ -76,8 +76,14 @@ pub(crate) async fn run(running: &Running, ways: &[Way], streams: usize, time: D
     }
 }
 
-/// Moves bytes over one connection until it fails, and adds them to `count`.
-pub(crate) async fn stream(address: SocketAddr, host: &str, way: Way, count: &Cell<u64>) -> io::Result<()> {
+/// Moves bytes over one connection until it fails, at most `pace` of them in a second, and adds them to `count`.
+pub(crate) async fn stream(
+    address: SocketAddr,
+    host: &str,
+    way: Way,
+    pace: Option<u64>,
+    count: &Cell<u64>,
+) -> io::Result<()> {
     let mut connection = TcpStream::connect(address).await?;
     let request = match way {
         Way::Down => format!("GET /bytes/{ENDLESS} HTTP/1.1\r\nHost: {host}\r\n\r\n"),
@@ -86,8 +92,12 @@ pub(crate) async fn stream(address: SocketAddr, host: &str, way: Way, count: &Ce
         }
     };
     connection.write_all(request.as_bytes()).await?;
-    let mut buffer = vec![0; 256 * 1024];
+    let mut buffer = vec![0; pace.map_or(256 * 1024, |_| 64 * 1024)];
+    let (begun, mut moved) = (Instant::now(), 0);
     loop {
+        if let Some(pace) = pace {
+            sleep_until(begun + Duration::from_secs_f64(moved as f64 / pace as f64)).await;
+        }
         let length = match way {
             Way::Down => connection.read(&mut buffer).await?,
             Way::Up => connection.write(&buffer).await?,
@@ -95,6 +105,7 @@ pub(crate) async fn stream(address: SocketAddr, host: &str, way: Way, count: &Ce
         if length == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
+        moved += length as u64;
         count.set(count.get() + length as u64);
     }
 }

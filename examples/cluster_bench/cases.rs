@@ -44,6 +44,9 @@ pub(crate) enum Kind {
     Recovery(Disturbance),
 }
 
+/// What a paced transfer moves in a second, in bytes: several times what a video needs, and a tenth of what all goes at most.
+const PACE: u64 = 32_000_000;
+
 const fn case(name: &'static str, what: &'static str, kind: Kind) -> Case {
     Case { name, what, kind }
 }
@@ -108,6 +111,16 @@ pub(crate) const CASES: &[Case] = &[
         "ping-up-elsewhere",
         "ping-pong beside an upload of another process",
         Kind::PingPong(Beside::Elsewhere(Neighbour::Bulk(Way::Up), 1)),
+    ),
+    case(
+        "ping-paced-down",
+        "ping-pong beside a download of 32 MB/s",
+        Kind::PingPong(Beside::Here(Neighbour::Paced(Way::Down, PACE), 1)),
+    ),
+    case(
+        "ping-paced-up",
+        "ping-pong beside an upload of 32 MB/s",
+        Kind::PingPong(Beside::Here(Neighbour::Paced(Way::Up, PACE), 1)),
     ),
     case(
         "ping-reader",

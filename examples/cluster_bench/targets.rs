@@ -115,6 +115,20 @@ const TARGETS: &[Target] = &[
         Times(2.0, "ping-quiet"),
     ),
     target(
+        "ping-pong beside a download of 32 MB/s, p99",
+        "ping-paced-down",
+        P99,
+        &[RAW],
+        Times(2.0, "ping-quiet"),
+    ),
+    target(
+        "ping-pong beside an upload of 32 MB/s, p99",
+        "ping-paced-up",
+        P99,
+        &[RAW],
+        Times(2.0, "ping-quiet"),
+    ),
+    target(
         "ping-pong beside a stalled reader, p99",
         "ping-reader",
         P99,
