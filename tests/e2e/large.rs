@@ -76,29 +76,12 @@ impl Measured {
 #[tokio::test]
 async fn a_download_of_one_gibibyte_needs_no_memory_for_it() {
     let measured = Measured::start().await;
-    let pattern: Vec<u8> = (0..(4 << 20) + PERIOD).map(|i| (i % PERIOD) as u8).collect();
+    let pattern = pattern();
     for protocol in PROTOCOLS {
         let mut client = measured.connect(protocol).await;
         let started = Instant::now();
-        let download = async {
-            let mut body = client
-                .send(get(&measured.host, &format!("/bytes/{SIZE}")))
-                .await
-                .unwrap()
-                .into_body();
-            let mut at = 0;
-            while let Some(frame) = body.frame().await {
-                let data = frame.unwrap().into_data().unwrap();
-                let start = at % PERIOD;
-                assert!(
-                    data == pattern[start..start + data.len()],
-                    "wrong bytes after {at}"
-                );
-                at += data.len();
-            }
-            at
-        };
-        assert_eq!(within(LIMIT, "the download", download).await, SIZE);
+        let download = download(&mut client, &measured.host, SIZE, &pattern);
+        within(LIMIT, "the download", download).await;
         measured.finish(&format!("download over {protocol:?}"), started);
     }
 }
@@ -109,23 +92,85 @@ async fn an_upload_of_one_gibibyte_needs_no_memory_for_it() {
     for protocol in PROTOCOLS {
         let mut client = measured.connect(protocol).await;
         let started = Instant::now();
-        let request = upload(&measured.host, SIZE, Arc::default());
-        let upload = async {
-            client
-                .send(request)
-                .await
-                .unwrap()
-                .into_body()
-                .collect()
-                .await
-                .unwrap()
-                .to_bytes()
-        };
-        let reply: serde_json::Value =
-            serde_json::from_slice(&within(LIMIT, "the upload", upload).await).unwrap();
-        assert_eq!(reply["bytes"], SIZE);
+        within(
+            LIMIT,
+            "the upload",
+            upload_whole(&mut client, &measured.host, SIZE),
+        )
+        .await;
         measured.finish(&format!("upload over {protocol:?}"), started);
     }
+}
+
+#[tokio::test]
+async fn many_transfers_at_once_arrive_whole_and_others_are_answered_meanwhile() {
+    const EACH: usize = 64 << 20;
+    const OF_A_KIND: usize = 5;
+    let measured = Measured::start().await;
+    let (host, pattern) = (measured.host.clone(), Arc::new(pattern()));
+    let mut other = measured.connect(Protocol::Http1).await;
+    let mut transfers = JoinSet::new();
+    for protocol in PROTOCOLS {
+        for _ in 0..OF_A_KIND {
+            let (mut client, host) = (measured.connect(protocol).await, host.clone());
+            let pattern = pattern.clone();
+            transfers.spawn(async move { download(&mut client, &host, EACH, &pattern).await });
+            let (mut client, host) = (measured.connect(protocol).await, measured.host.clone());
+            transfers.spawn(async move { upload_whole(&mut client, &host, EACH).await });
+        }
+    }
+    let (started, count) = (Instant::now(), transfers.len());
+    let all = within(LIMIT, "the transfers", transfers.join_all());
+    let mut waits = Vec::new();
+    let asking = async {
+        loop {
+            let asked = Instant::now();
+            assert_eq!(other.get(&host, "/health").await.status, 200);
+            waits.push(asked.elapsed());
+        }
+    };
+    tokio::select! {
+        _ = all => {}
+        () = asking => unreachable!("it asks on and on"),
+    }
+    let rate = (count * EACH) as f64 / started.elapsed().as_secs_f64() / 1e6;
+    waits.sort();
+    let (middle, worst) = (waits[waits.len() / 2], waits[waits.len() - 1]);
+    note(&format!(
+        "{count} transfers at once: {rate:.0} MB/s; beside them {} requests were answered within {middle:?} (median), {worst:?} (worst)",
+        waits.len()
+    ));
+    // As many as there are transfers: it never waited for one of them to end.
+    assert!(waits.len() > count, "{} answers", waits.len());
+}
+
+/// What downloads are made of, from any of its first [`PERIOD`] bytes on.
+fn pattern() -> Vec<u8> {
+    (0..(4 << 20) + PERIOD).map(|i| (i % PERIOD) as u8).collect()
+}
+
+/// Downloads so many bytes, and compares each with the pattern.
+async fn download(client: &mut Client, host: &str, size: usize, pattern: &[u8]) {
+    let response = client.send(get(host, &format!("/bytes/{size}"))).await.unwrap();
+    let (mut body, mut at) = (response.into_body(), 0);
+    while let Some(frame) = body.frame().await {
+        let data = frame.unwrap().into_data().unwrap();
+        let start = at % PERIOD;
+        assert!(
+            data == pattern[start..start + data.len()],
+            "wrong bytes after {at}"
+        );
+        at += data.len();
+    }
+    assert_eq!(at, size);
+}
+
+/// Uploads so many bytes, and asks the pod for their number.
+async fn upload_whole(client: &mut Client, host: &str, size: usize) {
+    let response = client.send(upload(host, size, Arc::default())).await.unwrap();
+    let body = response.into_body().collect().await.unwrap().to_bytes();
+    let reply: serde_json::Value = serde_json::from_slice(&body).unwrap();
+    assert_eq!(reply["bytes"], size);
 }
 
 /// Makes an upload that counts the bytes that were taken from it.
