@@ -77,6 +77,8 @@ struct Relay {
     pending: Vec<u8>,
     taken: usize,
     client_ended: bool,
+    /// Whether the pod's side knows of that.
+    pod_told: bool,
     carried: Carried,
 }
 
@@ -117,6 +119,10 @@ impl Relay {
             }
             self.release();
             if self.client_ended {
+                if !self.pod_told {
+                    ready!(Pin::new(&mut *pod).poll_shutdown(cx))?;
+                    self.pod_told = true;
+                }
                 return Poll::Ready(Ok(()));
             }
             let read = SCRATCH.with_borrow_mut(|scratch| {
@@ -136,10 +142,12 @@ impl Relay {
                 }
                 Poll::Ready(Ok::<_, io::Error>(bytes.len()))
             });
-            if ready!(read)? == 0 {
-                self.client_ended = true;
-                ready!(Pin::new(&mut *pod).poll_shutdown(cx))?;
-            }
+            let Poll::Ready(read) = read else {
+                // What was taken leaves although nothing comes that would take it along.
+                let _ = Pin::new(&mut *pod).poll_flush(cx)?;
+                return Poll::Pending;
+            };
+            self.client_ended = read? == 0;
         }
     }
 
@@ -172,5 +180,77 @@ impl Relay {
             Pin::new(&mut *pod).consume(written);
             self.carried.to_client += written as u64;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, BufReader, DuplexStream, duplex};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// A pod's side that has to be asked twice to end its half.
+    struct Reluctant {
+        stream: DuplexStream,
+        asked: bool,
+    }
+
+    impl AsyncRead for Reluctant {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.stream).poll_read(cx, buf)
+        }
+    }
+
+    impl AsyncWrite for Reluctant {
+        fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+            Pin::new(&mut self.stream).poll_write(cx, buf)
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.stream).poll_flush(cx)
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            if std::mem::replace(&mut self.asked, true) {
+                return Pin::new(&mut self.stream).poll_shutdown(cx);
+            }
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        }
+    }
+
+    #[tokio::test]
+    async fn a_pod_that_is_slow_to_take_the_clients_end_gets_it() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (socket, _) = listener.accept().await.unwrap();
+        let (stream, mut pod) = duplex(1 << 10);
+        let stream = Reluctant { stream, asked: false };
+        let relaying = relay(socket, Box::new(BufReader::new(stream)));
+        let talking = async {
+            client.write_all(b"question").await.unwrap();
+            client.shutdown().await.unwrap();
+            let mut question = String::new();
+            pod.read_to_string(&mut question).await.unwrap();
+            pod.write_all(b"answer").await.unwrap();
+            drop(pod);
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).await.unwrap();
+            (question, answer)
+        };
+        let (carried, said) = tokio::join!(relaying, talking);
+        assert_eq!(said, ("question".into(), "answer".into()));
+        assert_eq!(
+            carried.unwrap(),
+            Carried {
+                to_pod: 8,
+                to_client: 6
+            }
+        );
     }
 }

@@ -42,7 +42,7 @@ pub(super) struct Answers(Arc<AtomicBool>);
 /// within 15 s, and 6 s while something is under way. A PING waits behind payload that the application does not read, so with
 /// more of that than its socket is sure to take, nothing is found out; where no PING was ever answered, it takes a minute.
 ///
-/// Flushing is not needed: what was written leaves as soon as the connection takes it. All of it is cancel-safe.
+/// What was written leaves as soon as the connection takes it, while somebody reads, writes or flushes. All of it is cancel-safe.
 pub(super) struct Channel<S> {
     websocket: WebSocket<S>,
     answers: Answers,
@@ -66,27 +66,32 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Channel<S> {
     fn poll_time(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             let now = Instant::now();
-            match self.life.look(self.websocket.reads(), self.answers(), now) {
+            let (reads, answered) = (self.websocket.reads(), self.websocket.answered());
+            match self.life.look(reads, answered, self.answers(), now) {
                 Act::Wait(until) => {
                     if self.sleep.deadline() != until {
                         self.sleep.as_mut().reset(until);
                     }
                     ready!(self.sleep.as_mut().poll(cx));
                 }
-                Act::Ask => {
-                    self.websocket.ping();
-                    self.websocket.reply(cx);
-                }
-                Act::Close => drop(Pin::new(&mut self.websocket).poll_shutdown(cx)),
+                Act::Ask => self.ask(cx),
+                Act::Close => self.websocket.close(cx),
                 Act::End => return Poll::Ready(Ok(())),
                 Act::GiveUp => return Poll::Ready(Err(broken(SILENT))),
             }
         }
     }
 
+    /// Asks for a sign of life.
+    fn ask(&mut self, cx: &Context<'_>) {
+        let number = self.websocket.ping();
+        self.life.asked(number);
+        self.websocket.reply(cx);
+    }
+
     /// Tells whether silence after a PING means anything.
     fn answers(&self) -> bool {
-        if self.websocket.has_answered() {
+        if self.websocket.answered() > 0 {
             self.answers.0.store(true, Ordering::Relaxed);
         }
         self.answers.0.load(Ordering::Relaxed)
@@ -123,8 +128,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Channel<S> {
         match Pin::new(&mut this.websocket).poll_read(cx, buf) {
             Poll::Ready(Ok(())) => {
                 if buf.filled().len() > before && this.life.received(Instant::now()) {
-                    this.websocket.ping();
-                    this.websocket.reply(cx);
+                    this.ask(cx);
                 }
                 Poll::Ready(Ok(()))
             }
@@ -153,8 +157,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Channel<S> {
         Poll::Ready(Ok(written))
     }
 
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let flushed = ready!(Pin::new(&mut this.websocket).poll_flush(cx));
+        Poll::Ready(flushed.map_err(|error| this.cause(&error)))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -199,8 +205,14 @@ struct Life {
     spoke_at: Instant,
     /// When the first payload was sent after which nothing has come.
     sent_at: Option<Instant>,
-    /// Payload sent since the pod last spoke, in bytes.
-    unheard: usize,
+    /// Payload sent in all, in bytes, how much of it when the pod last spoke, and how much of it the application may not have read:
+    /// a pod that speaks has read what it was sent, unless that was so much that it may not have come so far.
+    sent: u64,
+    heard: u64,
+    unread: u64,
+    /// How much was sent before a PING that was answered, and before one that is yet to be, with its number.
+    proven: u64,
+    asked: Option<(u64, u64)>,
     /// Since when our end waits, and when it was sent.
     ended_at: Option<Instant>,
     closed_at: Option<Instant>,
@@ -219,7 +231,11 @@ impl Life {
             moved_at: now,
             spoke_at: now,
             sent_at: None,
-            unheard: 0,
+            sent: 0,
+            heard: 0,
+            unread: 0,
+            proven: 0,
+            asked: None,
             ended_at: None,
             closed_at: None,
             due: now + QUIET,
@@ -229,7 +245,10 @@ impl Life {
     /// Notes payload from the pod. Returns whether a first sign of life is to be asked for.
     fn received(&mut self, now: Instant) -> bool {
         (self.moved_at, self.spoke_at) = (now, now);
-        self.unheard = 0;
+        self.heard = self.sent;
+        if self.sent - self.proven <= SWALLOWED as u64 {
+            self.unread = 0;
+        }
         self.first_at.take().is_some()
     }
 
@@ -237,7 +256,13 @@ impl Life {
     fn sent(&mut self, bytes: usize, now: Instant) {
         self.moved_at = now;
         self.sent_at.get_or_insert(now);
-        self.unheard = self.unheard.saturating_add(bytes);
+        self.sent += bytes as u64;
+        self.unread += bytes as u64;
+    }
+
+    /// Notes the number of a PING, which is answered behind all payload before it.
+    fn asked(&mut self, number: u64) {
+        self.asked.get_or_insert((number, self.sent));
     }
 
     /// Notes that the user sends nothing more.
@@ -260,9 +285,12 @@ impl Life {
     }
 
     fn closing_due(&self) -> Option<Instant> {
-        let patience = if self.unheard > 0 { LINGER } else { CUT };
+        let awaits = self.sent > self.heard || self.unread > SWALLOWED as u64;
+        let patience = if awaits { LINGER } else { CUT };
         let close = |ended: Instant| ended.max(self.spoke_at) + patience;
-        let closed = self.closed_at.map(|closed| closed + ACTIVE_ANSWER);
+        let closed = self
+            .closed_at
+            .map(|closed| closed.max(self.spoke_at) + ACTIVE_ANSWER);
         closed.or(self.ended_at.map(close))
     }
 
@@ -283,11 +311,16 @@ impl Life {
     fn is_sure(&self, now: Instant) -> bool {
         let asked_for = self.asked_at.map(|asked| now.duration_since(asked));
         let answers = self.answers || asked_for >= Some(UNPROVEN);
-        self.reads == 0 || answers && self.unheard <= SWALLOWED
+        self.reads == 0 || answers && self.unread <= SWALLOWED as u64
     }
 
-    /// Tells what is to be done now. `reads`: how often anything has come; `answers`: whether signs of life are given here.
-    fn look(&mut self, reads: u64, answers: bool, now: Instant) -> Act {
+    /// Tells what is to be done now. `reads`: how often anything has come; `answered`: how many PINGs were answered; `answers`:
+    /// whether signs of life are given here.
+    fn look(&mut self, reads: u64, answered: u64, answers: bool, now: Instant) -> Act {
+        if let Some((_, sent)) = self.asked.take_if(|(number, _)| *number <= answered) {
+            self.proven = sent;
+            self.unread = self.unread.min(self.sent - sent);
+        }
         let slept = now.saturating_duration_since(self.due) >= JUMP;
         if reads != self.reads {
             (self.reads, self.heard_at) = (reads, now);

@@ -96,14 +96,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> WebSocket<S> {
         }
     }
 
-    /// Has a PING sent with whatever is polled next; see [`WebSocket::has_answered`].
-    pub(super) fn ping(&mut self) {
+    /// Has a PING sent with whatever is polled next. Returns its number; see [`WebSocket::answered`].
+    pub(super) fn ping(&mut self) -> u64 {
         self.outbound.ping();
+        self.outbound.next_ping()
     }
 
-    /// Tells whether a PONG has ever come.
-    pub(super) fn has_answered(&self) -> bool {
-        self.inbound.has_answered()
+    /// Counts the PINGs that were answered, in their order.
+    pub(super) fn answered(&self) -> u64 {
+        self.inbound.answered()
+    }
+
+    /// Has a Close sent with whatever is polled next. What is on its way to the peer, and what the peer still says, passes: it is
+    /// the server's part to end the connection (§7.1.1).
+    pub(super) fn close(&mut self, cx: &Context<'_>) {
+        self.outbound.close(Some(frame::NORMAL));
+        self.reply(cx);
     }
 
     /// Counts how often anything has come.

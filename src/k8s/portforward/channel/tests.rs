@@ -230,6 +230,69 @@ async fn an_application_that_does_not_read_is_not_taken_for_a_dead_server() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_word_that_answers_nothing_does_not_prove_that_the_application_reads() {
+    let (mut channel, mut server) = scene();
+    let server = TaskTracker::new().spawn(async move {
+        server.greet().await;
+        assert_eq!(server.next().await, Some((PING, vec![])));
+        server.send(PONG, &[]).await;
+        tokio::time::sleep(2 * FIRST).await;
+        // The application speaks without reading, and the read loop waits for it.
+        server.say("wait").await;
+        tokio::time::sleep(Duration::from_mins(10)).await;
+        let mut came = 0;
+        while came < 2 * SWALLOWED {
+            match server.serve().await {
+                Some((BINARY, message)) => came += message.len() - 1,
+                other => panic!("{other:?}"),
+            }
+        }
+        // Now that everything has come, silence means death again.
+        assert!(tokio::time::timeout(QUIET, server.serve()).await.is_err());
+        while server.next().await.is_some() {}
+    });
+    let asked = tokio::time::timeout(2 * FIRST, channel.read_u8()).await;
+    assert!(asked.is_err());
+    channel.write_all(&[0; 2 * SWALLOWED]).await.unwrap();
+    let mut word = [0; 4];
+    channel.read_exact(&mut word).await.unwrap();
+    assert_eq!(&word, b"wait");
+    let (elapsed, read) = end(&mut channel).await;
+    assert_eq!(read.unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
+    let alive = Duration::from_mins(10) + QUIET;
+    assert!((alive..=alive + QUIET + ANSWER).contains(&elapsed), "{elapsed:?}");
+    drop(channel);
+    server.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_pod_says_after_our_close_still_comes() {
+    let (mut channel, mut server) = scene();
+    let server = TaskTracker::new().spawn(async move {
+        server.greet().await;
+        assert_eq!(server.serve().await, Some((BINARY, b"\0question".to_vec())));
+        server.say("ans").await;
+        assert_eq!(server.serve().await.unwrap().0, CLOSE);
+        // The connection itself is not ended: that would overtake what is on its way.
+        for word in ["w", "e", "r"] {
+            assert!(
+                tokio::time::timeout(ACTIVE_ANSWER / 2, server.next())
+                    .await
+                    .is_err()
+            );
+            server.say(word).await;
+        }
+        server.send(CLOSE, &1000_u16.to_be_bytes()).await;
+        server
+    });
+    channel.write_all(b"question").await.unwrap();
+    channel.shutdown().await.unwrap();
+    let (_, read) = end(&mut channel).await;
+    assert_eq!(read.unwrap(), "answer");
+    server.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_connection_that_breaks_is_no_end() {
     let (mut channel, mut server) = scene();
     server.greet().await;

@@ -29,8 +29,8 @@ pub(super) struct Inbound {
     open: bool,
     /// Which part of a message is data, if not all of it.
     channels: Option<Channels>,
-    /// Whether a PONG has come, and how often anything has.
-    answered: bool,
+    /// How many PONGs have come, and how often anything has.
+    answered: u64,
     reads: u64,
     ended: Option<End>,
 }
@@ -63,7 +63,7 @@ impl Inbound {
             left: 0,
             open: false,
             channels,
-            answered: false,
+            answered: 0,
             reads: 0,
             ended: None,
         }
@@ -74,8 +74,8 @@ impl Inbound {
         self.ended.as_ref()
     }
 
-    /// Tells whether a PONG has ever come.
-    pub(super) fn has_answered(&self) -> bool {
+    /// Counts the PONGs that have come.
+    pub(super) fn answered(&self) -> u64 {
         self.answered
     }
 
@@ -206,7 +206,7 @@ impl Inbound {
                 replies.close(close.as_ref().map(|(code, _)| *code));
                 self.ended = Some(ended(close));
             }
-            Opcode::Pong => self.answered = true,
+            Opcode::Pong => self.answered += 1,
             Opcode::Continuation | Opcode::Binary => {}
         }
         self.start += whole;

@@ -22,8 +22,9 @@ pub(super) struct Outbound {
     /// The payload of the last PING without an answer.
     pong: Option<Control>,
     close: Close,
-    /// Whether a PING is to be sent.
+    /// Whether a PING is to be sent, and how many have been.
     ping: bool,
+    pings: u64,
     /// Whether anything is in `frames`, or with the connection and not flushed.
     unflushed: bool,
     /// Makes the masking keys. They shall keep scripts in a browser from choosing the bytes on the wire (§10.3), which
@@ -56,6 +57,7 @@ impl Outbound {
             pong: None,
             close: Close::No,
             ping: false,
+            pings: 0,
             unflushed: false,
             random: fastrand::Rng::new(),
         }
@@ -90,6 +92,11 @@ impl Outbound {
     /// Sends a PING, unless our Close is out.
     pub(super) fn ping(&mut self) {
         self.ping = !matches!(self.close, Close::Sent);
+    }
+
+    /// Returns the number of the next PING, or of the one that is to be sent; they count from 1.
+    pub(super) fn next_ping(&self) -> u64 {
+        self.pings + 1
     }
 
     /// Sends a Close frame, unless there has been one: it is the last frame (§5.5.1).
@@ -152,6 +159,7 @@ impl Outbound {
         }
         if mem::take(&mut self.ping) {
             self.encode(Opcode::Ping, &[], &[]);
+            self.pings += 1;
         }
         if let Close::Due(code) = self.close {
             let code = code.map(u16::to_be_bytes);
