@@ -232,11 +232,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Driver<S> {
         }
         this.waited = 0;
         loop {
-            if this.transfer.waits() && this.transfer.poll_turn(cx).is_pending() {
-                if this.shared.with(|state| state.stand_back(now, cx)) {
+            if this.transfer.waits() {
+                if this.transfer.poll_turn(cx).is_ready() {
+                    this.shared.with(|state| state.take_turn(now));
+                } else if this.shared.with(|state| state.stand_back(now, cx)) {
                     return Poll::Pending;
+                } else {
+                    this.transfer.leave();
+                    this.is_transfer = false;
                 }
-                this.transfer.leave();
             }
             if let Err(error) = this.exchange(cx) {
                 return this.end(&error.to_string());

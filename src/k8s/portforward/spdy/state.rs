@@ -7,6 +7,7 @@ mod input;
 mod output;
 #[cfg(test)]
 mod tests;
+mod transfer;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -166,6 +167,8 @@ pub(super) struct State {
     bulk_until: Option<Instant>,
     /// Until when one counts as such.
     transfer_until: Option<Instant>,
+    /// Whether its transfers wait for those of other sessions. They are transfers for as long as they do.
+    stands_back: bool,
     /// The last connection that was at work and is no transfer, and until when the session goes on for its sake.
     other: Option<(usize, Instant)>,
     /// Whether the peer has answered anything.
@@ -222,6 +225,7 @@ impl State {
             busy_since: None,
             bulk_until: None,
             transfer_until: None,
+            stands_back: false,
             other: None,
             proven: false,
             retired: false,
@@ -280,7 +284,7 @@ impl State {
         let old = self.opened >= MAX_OPENED || now.duration_since(self.began) >= MAX_AGE;
         let worn = self.ended.is_some() || self.retired || old || spoilt;
         let sound = !worn && stuck == 0 && usable >= USABLE;
-        let bulk = self.bulk_until.is_some_and(|until| until > now);
+        let bulk = self.stands_back || self.bulk_until.is_some_and(|until| until > now);
         Load {
             live: self.live(),
             open: sound && !bulk && !self.is_paused() && self.backlog < RUN,
@@ -307,40 +311,6 @@ impl State {
     /// Tells whether the way is known to be short.
     pub(super) fn is_near(&self) -> bool {
         self.workers.is_near()
-    }
-
-    /// Tells whether there are transfers, and nothing beside them that would have to wait for their turns.
-    pub(super) fn is_transfer(&self, now: Instant) -> bool {
-        self.transfer_until.is_some_and(|until| until > now) && !self.is_mixed(now)
-    }
-
-    /// Tells whether another connection than this one is a transfer. One that has ended still looks like it, but moves nothing.
-    pub(super) fn has_transfer_beside(&self, key: usize, now: Instant) -> bool {
-        let goes_on = |entry: &Entry| {
-            entry
-                .moved
-                .1
-                .is_some_and(|since| now.duration_since(since) < 2 * BULK_SPAN)
-        };
-        self.transfer_until.is_some_and(|until| until > now)
-            && self
-                .connections
-                .iter()
-                .any(|(other, entry)| other != key && entry.run >= TRANSFER && goes_on(entry))
-    }
-
-    fn is_mixed(&self, now: Instant) -> bool {
-        self.other.is_some_and(|(_, until)| until > now)
-    }
-
-    /// Ends a turn of the session's task before it has done anything: it waits for transfers of other sessions. Returns whether
-    /// it has to.
-    pub(super) fn stand_back(&mut self, now: Instant, cx: &Context<'_>) -> bool {
-        let must = self.ended.is_none() && !self.is_mixed(now);
-        if must {
-            self.driver = Some(cx.waker().clone());
-        }
-        must
     }
 
     /// Tells whether the peer has proven to understand SPDY.
@@ -435,6 +405,7 @@ impl State {
         };
         if entry.place.is_none() && entry.begun_at.is_none() {
             entry.begun_at = Some(now);
+            self.other = Some((key, now + BULK_SPAN));
             self.opening.push_back(key);
             self.time(key);
             self.wake_driver();

@@ -184,6 +184,9 @@ impl Scene {
     }
 }
 
+/// What the pod sends in one go here.
+const FRAME: usize = 64 << 10;
+
 const REFUSED: &str = "failed to connect to localhost:80 inside namespace: connection refused";
 
 fn kind(result: Option<io::Result<usize>>) -> io::ErrorKind {
@@ -508,4 +511,40 @@ fn a_connection_that_the_runtime_does_not_take_fails() {
     scene.pass(Duration::from_secs(2));
     assert_eq!(kind(scene.read(key)), io::ErrorKind::TimedOut);
     assert!(!scene.is_open());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_transfer_that_waits_for_its_turn_stays_one() {
+    let mut scene = Scene::new();
+    let (transfer, idle) = (scene.open(80), scene.open(80));
+    scene.write(transfer, 1);
+    scene.write(idle, 1);
+    scene.written();
+    scene.reply(transfer);
+    scene.reply(idle);
+    scene.pass(2 * BULK_SPAN);
+    let cx = Context::from_waker(Waker::noop());
+    for _ in 0..=TRANSFER / FRAME {
+        scene.data(transfer, FRAME);
+        while matches!(scene.read(transfer), Some(Ok(1..))) {}
+    }
+    assert!(scene.state.is_transfer(scene.now));
+    assert!(scene.state.stand_back(scene.now, &cx));
+    scene.now += 5 * BULK_SPAN;
+    let now = scene.now;
+    assert!(!scene.is_open());
+    assert!(scene.state.is_transfer(now));
+    assert!(scene.state.has_transfer_beside(idle, now));
+    assert!(!scene.state.has_transfer_beside(transfer, now));
+    scene.state.take_turn(now);
+    assert!(!scene.is_open() && scene.state.is_transfer(now));
+    // It finds nothing to move any more.
+    scene.now += BULK_SPAN;
+    assert!(scene.is_open() && !scene.state.is_transfer(scene.now));
+
+    // A newcomer does not wait with it.
+    assert!(scene.state.stand_back(scene.now, &cx));
+    let newcomer = scene.open(80);
+    scene.read(newcomer);
+    assert!(!scene.state.stand_back(scene.now, &cx));
 }

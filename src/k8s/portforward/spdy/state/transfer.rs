@@ -1,0 +1,57 @@
+//! What a session with transfers does for others: it takes turns with those of other sessions, unless somebody beside its own would
+//! have to wait for that.
+
+use std::mem;
+use std::task::Context;
+
+use tokio::time::Instant;
+
+use crate::k8s::portforward::spdy::entry::Entry;
+use crate::k8s::portforward::spdy::state::{BULK_SPAN, State, TRANSFER};
+
+impl State {
+    /// Tells whether there are transfers, and nothing beside them that would have to wait for their turns.
+    pub(in crate::k8s::portforward::spdy) fn is_transfer(&self, now: Instant) -> bool {
+        self.has_transfer(now) && !self.is_mixed(now)
+    }
+
+    fn has_transfer(&self, now: Instant) -> bool {
+        self.stands_back || self.transfer_until.is_some_and(|until| until > now)
+    }
+
+    /// Tells whether another connection than this one is a transfer. One that has ended still looks like it, but moves nothing.
+    pub(in crate::k8s::portforward::spdy) fn has_transfer_beside(&self, key: usize, now: Instant) -> bool {
+        let goes_on = |entry: &Entry| {
+            entry
+                .moved
+                .1
+                .is_some_and(|since| now.duration_since(since) < 2 * BULK_SPAN)
+        };
+        self.has_transfer(now)
+            && self.connections.iter().any(|(other, entry)| {
+                other != key && entry.run >= TRANSFER && (self.stands_back || goes_on(entry))
+            })
+    }
+
+    fn is_mixed(&self, now: Instant) -> bool {
+        self.other.is_some_and(|(_, until)| until > now)
+    }
+
+    /// Ends a turn of the session's task before it has done anything: it waits for transfers of other sessions. Returns whether
+    /// it has to.
+    pub(in crate::k8s::portforward::spdy) fn stand_back(&mut self, now: Instant, cx: &Context<'_>) -> bool {
+        self.stands_back = self.ended.is_none() && !self.is_mixed(now);
+        if self.stands_back {
+            self.driver = Some(cx.waker().clone());
+        }
+        self.stands_back
+    }
+
+    /// Goes on after it stood back, as the transfer that it was.
+    pub(in crate::k8s::portforward::spdy) fn take_turn(&mut self, now: Instant) {
+        if mem::take(&mut self.stands_back) {
+            self.transfer_until = Some(now + BULK_SPAN);
+            self.bulk_until = Some(now + BULK_SPAN);
+        }
+    }
+}
