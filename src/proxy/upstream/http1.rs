@@ -31,6 +31,10 @@ const MAX_OPENING: usize = 16;
 const KEPT_IDLE: usize = 64;
 pub(super) const SURPLUS: Duration = Duration::from_secs(10);
 
+/// For how long nothing better is hoped for than a connection beside somebody's transfer, after a new one was no better, or did not
+/// come about: as long as a transfer counts as one.
+const FUTILE: Duration = Duration::from_secs(2);
+
 /// A connection, as its user sees it.
 pub(super) struct Connection {
     pub(super) sender: SendRequest<RequestBody>,
@@ -60,6 +64,8 @@ struct State {
     waiting: VecDeque<Waiting>,
     /// How many connections are being opened.
     opening: usize,
+    /// Until when a new connection is not expected to be better than one beside a transfer.
+    futile_until: Option<Instant>,
 }
 
 impl Pool {
@@ -84,7 +90,8 @@ impl Pool {
             if fresh == Fresh::Yes {
                 state.idle.clear();
             }
-            if let Some(connection) = state.take_idle(self.has_place()) {
+            let better = self.may_do_better(&state);
+            if let Some(connection) = state.take_idle(better) {
                 return Ok((connection, true));
             }
             let (hand_over, waiting) = oneshot::channel();
@@ -112,9 +119,8 @@ impl Pool {
 
     /// Takes a connection back that can carry another request.
     pub(super) fn put(&self, connection: Connection) {
-        let has_place = self.has_place();
         let mut state = lock(&self.state);
-        let served = has_place && state.waiting.len() <= state.opening;
+        let served = self.may_do_better(&state) && state.waiting.len() <= state.opening;
         if served && connection.company.is_bulk() {
             // Those who wait get a better one.
             state.keep(connection);
@@ -123,9 +129,10 @@ impl Pool {
         }
     }
 
-    /// Tells whether the pod may have another connection.
-    fn has_place(&self) -> bool {
-        self.places.available_permits() > 0
+    /// Tells whether a new connection may be better than one beside a transfer.
+    fn may_do_better(&self, state: &State) -> bool {
+        let futile = state.futile_until.is_some_and(|until| until > Instant::now());
+        !futile && self.places.available_permits() > 0
     }
 
     /// Waits until the pod may have another connection.
@@ -133,6 +140,8 @@ impl Pool {
         if let Ok(place) = self.places.clone().try_acquire_owned() {
             return place;
         }
+        // Whoever counted on the last place may have come too late for it.
+        lock(&self.state).hand_over_all();
         if shared.full.due().is_some() {
             warn!(
                 endpoint = %self.peer.target,
@@ -242,6 +251,15 @@ impl State {
         self.keep(connection);
     }
 
+    /// Gives idle connections to those who wait, whatever is beside them: they are better than none.
+    fn hand_over_all(&mut self) {
+        while !self.waiting.is_empty()
+            && let Some(connection) = self.take_idle(false)
+        {
+            self.hand_over(connection, true);
+        }
+    }
+
     fn keep(&mut self, connection: Connection) {
         self.idle.push_back((connection, Instant::now()));
     }
@@ -277,13 +295,12 @@ impl Opening {
             }
             let opened = self.pool.connect(&self.shared, place).await;
             let mut state = lock(&self.pool.state);
-            if opened.is_err() {
-                // Those that were passed over are better than none.
-                while !state.waiting.is_empty()
-                    && let Some(connection) = state.take_idle(false)
-                {
-                    state.hand_over(connection, true);
-                }
+            if opened
+                .as_ref()
+                .map_or(true, |connection| connection.company.is_bulk())
+            {
+                state.futile_until = Some(Instant::now() + FUTILE);
+                state.hand_over_all();
             }
             match opened {
                 Ok(connection) => state.hand_over(connection, false),
@@ -327,3 +344,6 @@ pub(super) fn shutting_down(peer: &Peer) -> Error {
 pub(super) fn unavailable(peer: &Peer, reason: String) -> Error {
     Error::Connect(peer.target.clone(), ConnectError::Unavailable(reason))
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,175 @@
+use std::future::ready;
+use std::io;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::{Context, Poll};
+
+use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, BufReader, DuplexStream, ReadBuf, duplex};
+
+use super::*;
+use crate::drain::Drain;
+use crate::proxy::Limits;
+use crate::proxy::notice::Notice;
+use crate::proxy::upstream::{PodTls, Wire};
+use crate::registry::PodRef;
+use crate::tls::Trust;
+use crate::transport::{BoxStream, Connect, Connecting, Stream, Target};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Opens streams to nobody, of which each may have a transfer beside it.
+#[derive(Debug, Default)]
+struct Way {
+    bulk: Arc<AtomicBool>,
+    opened: AtomicUsize,
+}
+
+#[derive(Debug)]
+struct Beside {
+    stream: BufReader<DuplexStream>,
+    _pod: DuplexStream,
+    bulk: Arc<AtomicBool>,
+}
+
+impl Stream for Beside {
+    fn company(&self) -> Company {
+        let bulk = self.bulk.clone();
+        Company::new(move || bulk.load(Ordering::Relaxed))
+    }
+}
+
+impl AsyncRead for Beside {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncBufRead for Beside {
+    fn poll_fill_buf(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<&[u8]>> {
+        Pin::new(&mut self.get_mut().stream).poll_fill_buf(cx)
+    }
+
+    fn consume(self: Pin<&mut Self>, amount: usize) {
+        Pin::new(&mut self.get_mut().stream).consume(amount);
+    }
+}
+
+impl AsyncWrite for Beside {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    }
+}
+
+impl Connect for Way {
+    fn connect<'a>(&'a self, _: &'a Target) -> Connecting<'a> {
+        self.opened.fetch_add(1, Ordering::Relaxed);
+        let (stream, pod) = duplex(1 << 10);
+        let stream: BoxStream = Box::new(Beside {
+            stream: BufReader::new(stream),
+            _pod: pod,
+            bulk: self.bulk.clone(),
+        });
+        Box::pin(ready(Ok(stream)))
+    }
+}
+
+struct Scene {
+    way: Arc<Way>,
+    pool: Arc<Pool>,
+    shared: Arc<Shared>,
+}
+
+impl Scene {
+    /// A pool for so many connections, one of which is idle.
+    async fn new(places: usize) -> Self {
+        let way = Arc::new(Way::default());
+        let limits = Limits {
+            connections: None,
+            connections_per_client: None,
+            connections_per_pod: places,
+            header_bytes: 1 << 16,
+            header_fields: 100,
+            response_header_bytes: 1 << 16,
+            response_header_fields: 100,
+            replay_bytes: 1,
+            linger: Duration::ZERO,
+            streams: 1,
+        };
+        let peer = Peer {
+            target: Target {
+                pod: PodRef {
+                    namespace: "shop".into(),
+                    name: "web-0".into(),
+                    uid: "".into(),
+                },
+                port: 80,
+            },
+            wire: Wire::Http1,
+            server_name: None,
+            alone: false,
+        };
+        let shared = Shared {
+            connect: way.clone(),
+            tls: PodTls::new(&Trust::Skip).unwrap(),
+            limits,
+            patience: PATIENCE,
+            full: Notice::default(),
+            drain: Drain::new(),
+        };
+        let scene = Self {
+            way,
+            pool: Arc::new(Pool::new(peer, places)),
+            shared: Arc::new(shared),
+        };
+        let first = scene.checkout().await;
+        scene.put(first).await;
+        scene
+    }
+
+    async fn checkout(&self) -> Connection {
+        let checkout = self.pool.checkout(&self.shared, Fresh::No).await;
+        checkout.unwrap_or_else(|error| panic!("{error}")).0
+    }
+
+    /// Gives a connection back once it can carry another request.
+    async fn put(&self, mut connection: Connection) {
+        connection.sender.ready().await.unwrap();
+        self.pool.put(connection);
+    }
+
+    fn opened(&self) -> usize {
+        self.way.opened.load(Ordering::Relaxed)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_two_requests_for_the_last_place_the_other_gets_what_was_passed_over() {
+    let scene = Scene::new(2).await;
+    scene.way.bulk.store(true, Ordering::Relaxed);
+    let begun = Instant::now();
+    let _both = tokio::join!(scene.checkout(), scene.checkout());
+    assert_eq!((scene.opened(), begun.elapsed()), (2, Duration::ZERO));
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_a_new_connection_was_no_better_the_old_ones_do_for_a_while() {
+    let scene = Scene::new(100).await;
+    scene.way.bulk.store(true, Ordering::Relaxed);
+    for _ in 0..10 {
+        let connection = scene.checkout().await;
+        scene.put(connection).await;
+    }
+    assert_eq!(scene.opened(), 2);
+    tokio::time::advance(FUTILE).await;
+    let connection = scene.checkout().await;
+    scene.put(connection).await;
+    assert_eq!(scene.opened(), 3);
+}
