@@ -29,6 +29,13 @@ impl Server {
         }
     }
 
+    /// Greets, and answers the first PING.
+    async fn begin(&mut self) {
+        self.greet().await;
+        assert_eq!(self.next().await, Some((PING, vec![])));
+        self.send(PONG, &[]).await;
+    }
+
     /// Says something as the pod.
     async fn say(&mut self, words: &str) {
         self.send(BINARY, &[&[0], words.as_bytes()].concat()).await;
@@ -56,6 +63,17 @@ impl Server {
             match self.next().await? {
                 (PING, payload) => self.send(PONG, &payload).await,
                 other => return Some(other),
+            }
+        }
+    }
+
+    /// Takes so many bytes for the pod.
+    async fn take(&mut self, bytes: usize) {
+        let mut came = 0;
+        while came < bytes {
+            match self.serve().await {
+                Some((BINARY, message)) => came += message.len() - 1,
+                other => panic!("{other:?}"),
             }
         }
     }
@@ -129,9 +147,7 @@ async fn a_server_that_falls_silent_is_given_up_in_time() {
     for (asks, most) in [(false, QUIET + ANSWER), (true, ACTIVE + ACTIVE_ANSWER)] {
         let (mut channel, mut server) = scene();
         TaskTracker::new().spawn(async move {
-            server.greet().await;
-            assert_eq!(server.next().await, Some((PING, vec![])));
-            server.send(PONG, &[]).await;
+            server.begin().await;
             while server.next().await.is_some() {}
         });
         // A while later.
@@ -205,18 +221,10 @@ async fn a_pod_that_has_spoken_tells_at_once_whether_pings_are_answered() {
 async fn an_application_that_does_not_read_is_not_taken_for_a_dead_server() {
     let (mut channel, mut server) = scene();
     let server = TaskTracker::new().spawn(async move {
-        server.greet().await;
-        assert_eq!(server.next().await, Some((PING, vec![])));
-        server.send(PONG, &[]).await;
+        server.begin().await;
         // Its read loop waits for the application.
         tokio::time::sleep(Duration::from_mins(10)).await;
-        let mut came = 0;
-        while came < 2 * SWALLOWED {
-            match server.serve().await {
-                Some((BINARY, message)) => came += message.len() - 1,
-                other => panic!("{other:?}"),
-            }
-        }
+        server.take(2 * SWALLOWED).await;
         server.say("done").await;
         server.send(CLOSE, &[]).await;
         server
@@ -233,20 +241,12 @@ async fn an_application_that_does_not_read_is_not_taken_for_a_dead_server() {
 async fn a_word_that_answers_nothing_does_not_prove_that_the_application_reads() {
     let (mut channel, mut server) = scene();
     let server = TaskTracker::new().spawn(async move {
-        server.greet().await;
-        assert_eq!(server.next().await, Some((PING, vec![])));
-        server.send(PONG, &[]).await;
+        server.begin().await;
         tokio::time::sleep(2 * FIRST).await;
         // The application speaks without reading, and the read loop waits for it.
         server.say("wait").await;
         tokio::time::sleep(Duration::from_mins(10)).await;
-        let mut came = 0;
-        while came < 2 * SWALLOWED {
-            match server.serve().await {
-                Some((BINARY, message)) => came += message.len() - 1,
-                other => panic!("{other:?}"),
-            }
-        }
+        server.take(2 * SWALLOWED).await;
         // Now that everything has come, silence means death again.
         assert!(tokio::time::timeout(QUIET, server.serve()).await.is_err());
         while server.next().await.is_some() {}
