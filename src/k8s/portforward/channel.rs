@@ -205,11 +205,11 @@ struct Life {
     spoke_at: Instant,
     /// When the first payload was sent after which nothing has come.
     sent_at: Option<Instant>,
-    /// Payload sent in all, in bytes, how much of it when the pod last spoke, and how much of it the application may not have read:
-    /// a pod that speaks has read what it was sent, unless that was so much that it may not have come so far.
+    /// Payload sent in all, in bytes, how much of it when the pod last spoke, and how much of it the application is taken to have
+    /// read: a pod that speaks has read what it was sent, unless that was so much that it may not have come so far.
     sent: u64,
     heard: u64,
-    unread: u64,
+    read: u64,
     /// How much was sent before a PING that was answered, and before one that is yet to be, with its number.
     proven: u64,
     asked: Option<(u64, u64)>,
@@ -233,7 +233,7 @@ impl Life {
             sent_at: None,
             sent: 0,
             heard: 0,
-            unread: 0,
+            read: 0,
             proven: 0,
             asked: None,
             ended_at: None,
@@ -247,7 +247,7 @@ impl Life {
         (self.moved_at, self.spoke_at) = (now, now);
         self.heard = self.sent;
         if self.sent - self.proven <= SWALLOWED as u64 {
-            self.unread = 0;
+            self.read = self.sent;
         }
         self.first_at.take().is_some()
     }
@@ -257,7 +257,6 @@ impl Life {
         self.moved_at = now;
         self.sent_at.get_or_insert(now);
         self.sent += bytes as u64;
-        self.unread += bytes as u64;
     }
 
     /// Notes the number of a PING, which is answered behind all payload before it.
@@ -285,7 +284,7 @@ impl Life {
     }
 
     fn closing_due(&self) -> Option<Instant> {
-        let awaits = self.sent > self.heard || self.unread > SWALLOWED as u64;
+        let awaits = self.sent > self.heard || self.may_be_unread();
         let patience = if awaits { LINGER } else { CUT };
         let close = |ended: Instant| ended.max(self.spoke_at) + patience;
         let closed = self
@@ -307,11 +306,16 @@ impl Life {
         }
     }
 
+    /// Tells whether more is under way than every application's socket takes.
+    fn may_be_unread(&self) -> bool {
+        self.sent - self.read > SWALLOWED as u64
+    }
+
     /// Tells whether silence means that nobody is there: the server speaks first, and answers what it reads.
     fn is_sure(&self, now: Instant) -> bool {
         let asked_for = self.asked_at.map(|asked| now.duration_since(asked));
         let answers = self.answers || asked_for >= Some(UNPROVEN);
-        self.reads == 0 || answers && self.unread <= SWALLOWED as u64
+        self.reads == 0 || answers && !self.may_be_unread()
     }
 
     /// Tells what is to be done now. `reads`: how often anything has come; `answered`: how many PINGs were answered; `answers`:
@@ -319,7 +323,7 @@ impl Life {
     fn look(&mut self, reads: u64, answered: u64, answers: bool, now: Instant) -> Act {
         if let Some((_, sent)) = self.asked.take_if(|(number, _)| *number <= answered) {
             self.proven = sent;
-            self.unread = self.unread.min(self.sent - sent);
+            self.read = self.read.max(sent);
         }
         let slept = now.saturating_duration_since(self.due) >= JUMP;
         if reads != self.reads {

@@ -120,8 +120,8 @@ impl Pool {
     /// Takes a connection back that can carry another request.
     pub(super) fn put(&self, connection: Connection) {
         let mut state = lock(&self.state);
-        let served = self.may_do_better(&state) && state.waiting.len() <= state.opening;
-        if served && connection.company.is_bulk() {
+        let served = (1..=state.opening).contains(&state.waiting.len());
+        if served && self.may_do_better(&state) && connection.company.is_bulk() {
             // Those who wait get a better one.
             state.keep(connection);
         } else {
