@@ -185,39 +185,29 @@ impl Relay {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt, BufReader, DuplexStream, duplex};
+    use tokio::io::{AsyncReadExt, BufReader, DuplexStream, WriteHalf, duplex};
     use tokio::net::TcpListener;
 
     use super::*;
 
-    /// A pod's side that has to be asked twice to end its half.
+    /// The way to a pod, which has to be asked twice for its end.
     struct Reluctant {
-        stream: DuplexStream,
+        way: WriteHalf<DuplexStream>,
         asked: bool,
-    }
-
-    impl AsyncRead for Reluctant {
-        fn poll_read(
-            mut self: Pin<&mut Self>,
-            cx: &mut Context<'_>,
-            buf: &mut ReadBuf<'_>,
-        ) -> Poll<io::Result<()>> {
-            Pin::new(&mut self.stream).poll_read(cx, buf)
-        }
     }
 
     impl AsyncWrite for Reluctant {
         fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-            Pin::new(&mut self.stream).poll_write(cx, buf)
+            Pin::new(&mut self.way).poll_write(cx, buf)
         }
 
         fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Pin::new(&mut self.stream).poll_flush(cx)
+            Pin::new(&mut self.way).poll_flush(cx)
         }
 
         fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
             if std::mem::replace(&mut self.asked, true) {
-                return Pin::new(&mut self.stream).poll_shutdown(cx);
+                return Pin::new(&mut self.way).poll_shutdown(cx);
             }
             cx.waker().wake_by_ref();
             Poll::Pending
@@ -230,7 +220,8 @@ mod tests {
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (socket, _) = listener.accept().await.unwrap();
         let (stream, mut pod) = duplex(1 << 10);
-        let stream = Reluctant { stream, asked: false };
+        let (back, way) = tokio::io::split(stream);
+        let stream = tokio::io::join(back, Reluctant { way, asked: false });
         let relaying = relay(socket, Box::new(BufReader::new(stream)));
         let talking = async {
             client.write_all(b"question").await.unwrap();

@@ -4,7 +4,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
-use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, BufReader, DuplexStream, ReadBuf, duplex};
+use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, ReadBuf};
 
 use super::*;
 use crate::drain::Drain;
@@ -24,59 +24,51 @@ struct Way {
     opened: AtomicUsize,
 }
 
-#[derive(Debug)]
-struct Beside {
-    stream: BufReader<DuplexStream>,
-    _pod: DuplexStream,
+/// A stream to nobody.
+struct Nobody {
     bulk: Arc<AtomicBool>,
 }
 
-impl Stream for Beside {
+impl Stream for Nobody {
     fn company(&self) -> Company {
         let bulk = self.bulk.clone();
         Company::new(move || bulk.load(Ordering::Relaxed))
     }
 }
 
-impl AsyncRead for Beside {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_read(cx, buf)
+impl AsyncRead for Nobody {
+    fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Poll::Pending
     }
 }
 
-impl AsyncBufRead for Beside {
-    fn poll_fill_buf(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<&[u8]>> {
-        Pin::new(&mut self.get_mut().stream).poll_fill_buf(cx)
+impl AsyncBufRead for Nobody {
+    fn poll_fill_buf(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<&[u8]>> {
+        Poll::Pending
     }
 
-    fn consume(self: Pin<&mut Self>, amount: usize) {
-        Pin::new(&mut self.get_mut().stream).consume(amount);
-    }
+    fn consume(self: Pin<&mut Self>, _: usize) {}
 }
 
-impl AsyncWrite for Beside {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().stream).poll_write(cx, buf)
+impl AsyncWrite for Nobody {
+    fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
+        Poll::Pending
     }
 
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
     }
 }
 
 impl Connect for Way {
     fn connect<'a>(&'a self, _: &'a Target) -> Connecting<'a> {
         self.opened.fetch_add(1, Ordering::Relaxed);
-        let (stream, pod) = duplex(1 << 10);
-        let stream: BoxStream = Box::new(Beside {
-            stream: BufReader::new(stream),
-            _pod: pod,
-            bulk: self.bulk.clone(),
-        });
+        let bulk = self.bulk.clone();
+        let stream: BoxStream = Box::new(Nobody { bulk });
         Box::pin(ready(Ok(stream)))
     }
 }
