@@ -95,32 +95,32 @@ pub(crate) const CASES: &[Case] = &[
     case(
         "ping-down",
         "ping-pong beside a download",
-        Kind::PingPong(Beside::Here(Neighbour::Bulk(Way::Down), 1)),
+        Kind::PingPong(Beside::Here(Neighbour::Bulk(Way::Down, None), 1)),
     ),
     case(
         "ping-up",
         "ping-pong beside an upload",
-        Kind::PingPong(Beside::Here(Neighbour::Bulk(Way::Up), 1)),
+        Kind::PingPong(Beside::Here(Neighbour::Bulk(Way::Up, None), 1)),
     ),
     case(
         "ping-down-elsewhere",
         "ping-pong beside a download of another process",
-        Kind::PingPong(Beside::Elsewhere(Neighbour::Bulk(Way::Down), 1)),
+        Kind::PingPong(Beside::Elsewhere(Neighbour::Bulk(Way::Down, None), 1)),
     ),
     case(
         "ping-up-elsewhere",
         "ping-pong beside an upload of another process",
-        Kind::PingPong(Beside::Elsewhere(Neighbour::Bulk(Way::Up), 1)),
+        Kind::PingPong(Beside::Elsewhere(Neighbour::Bulk(Way::Up, None), 1)),
     ),
     case(
         "ping-paced-down",
         "ping-pong beside a download of 32 MB/s",
-        Kind::PingPong(Beside::Here(Neighbour::Paced(Way::Down, PACE), 1)),
+        Kind::PingPong(Beside::Here(Neighbour::Bulk(Way::Down, Some(PACE)), 1)),
     ),
     case(
         "ping-paced-up",
         "ping-pong beside an upload of 32 MB/s",
-        Kind::PingPong(Beside::Here(Neighbour::Paced(Way::Up, PACE), 1)),
+        Kind::PingPong(Beside::Here(Neighbour::Bulk(Way::Up, Some(PACE)), 1)),
     ),
     case(
         "ping-reader",
@@ -150,22 +150,22 @@ pub(crate) const CASES: &[Case] = &[
     case(
         "ping-20-down",
         "ping-pong beside 20 downloads",
-        Kind::PingPong(Beside::Here(Neighbour::Bulk(Way::Down), 20)),
+        Kind::PingPong(Beside::Here(Neighbour::Bulk(Way::Down, None), 20)),
     ),
     case(
         "ping-20-down-elsewhere",
         "ping-pong beside 20 downloads of another process",
-        Kind::PingPong(Beside::Elsewhere(Neighbour::Bulk(Way::Down), 20)),
+        Kind::PingPong(Beside::Elsewhere(Neighbour::Bulk(Way::Down, None), 20)),
     ),
     case(
         "ping-20-up",
         "ping-pong beside 20 uploads",
-        Kind::PingPong(Beside::Here(Neighbour::Bulk(Way::Up), 20)),
+        Kind::PingPong(Beside::Here(Neighbour::Bulk(Way::Up, None), 20)),
     ),
     case(
         "ping-20-up-elsewhere",
         "ping-pong beside 20 uploads of another process",
-        Kind::PingPong(Beside::Elsewhere(Neighbour::Bulk(Way::Up), 20)),
+        Kind::PingPong(Beside::Elsewhere(Neighbour::Bulk(Way::Up, None), 20)),
     ),
     // After the other pings: the pod never reads, so it never notices an end, and keeps these connections for good.
     case(

@@ -37,10 +37,8 @@ pub(crate) enum Beside {
 /// What a neighbour does.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Neighbour {
-    /// Moves bytes at full speed.
-    Bulk(Way),
-    /// Moves so many bytes in a second, which leaves the processors time.
-    Paced(Way, u64),
+    /// Moves bytes, at full speed or so many in a second, which leaves the processors time.
+    Bulk(Way, Option<u64>),
     /// Reads nothing of what the pod sends without end.
     StalledReader,
     /// Sends without end to a program in the pod that reads nothing.
@@ -51,7 +49,7 @@ impl Neighbour {
     /// Returns the port of the test server that it goes to.
     fn port(self) -> u16 {
         match self {
-            Self::Bulk(_) | Self::Paced(..) => 8080,
+            Self::Bulk(..) => 8080,
             Self::StalledReader => 9004,
             Self::StalledUpload => 9002,
         }
@@ -60,10 +58,7 @@ impl Neighbour {
     /// Does it until it is cut, or fails.
     async fn act(self, address: SocketAddr, host: &str) {
         match self {
-            Self::Bulk(way) => drop(bulk::stream(address, host, way, None, &Cell::new(0)).await),
-            Self::Paced(way, pace) => {
-                drop(bulk::stream(address, host, way, Some(pace), &Cell::new(0)).await);
-            }
+            Self::Bulk(way, pace) => drop(bulk::stream(address, host, way, pace, &Cell::new(0)).await),
             Self::StalledReader => {
                 let _connection = TcpStream::connect(address).await;
                 std::future::pending().await
