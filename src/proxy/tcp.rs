@@ -234,7 +234,10 @@ mod tests {
             client.read_to_string(&mut answer).await.unwrap();
             (question, answer)
         };
-        let (carried, said) = tokio::join!(relaying, talking);
+        let both = async { tokio::join!(relaying, talking) };
+        let (carried, said) = tokio::time::timeout(10 * LINGER, both)
+            .await
+            .expect("it never got it");
         assert_eq!(said, ("question".into(), "answer".into()));
         assert_eq!(
             carried.unwrap(),

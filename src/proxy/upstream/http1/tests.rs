@@ -1,7 +1,7 @@
 use std::future::ready;
 use std::io;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
 use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, ReadBuf};
@@ -17,22 +17,24 @@ use crate::transport::{BoxStream, Connect, Connecting, Stream, Target};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Opens streams to nobody, of which each may have a transfer beside it.
+/// Opens streams to nobody, of which the first few have a transfer beside them.
 #[derive(Debug, Default)]
 struct Way {
-    bulk: Arc<AtomicBool>,
+    bulk: Arc<AtomicUsize>,
     opened: AtomicUsize,
 }
 
 /// A stream to nobody.
 struct Nobody {
-    bulk: Arc<AtomicBool>,
+    /// Its place among all streams, and how many of the first are beside a transfer.
+    place: usize,
+    bulk: Arc<AtomicUsize>,
 }
 
 impl Stream for Nobody {
     fn company(&self) -> Company {
-        let bulk = self.bulk.clone();
-        Company::new(move || bulk.load(Ordering::Relaxed))
+        let (place, bulk) = (self.place, self.bulk.clone());
+        Company::new(move || place < bulk.load(Ordering::Relaxed))
     }
 }
 
@@ -66,9 +68,8 @@ impl AsyncWrite for Nobody {
 
 impl Connect for Way {
     fn connect<'a>(&'a self, _: &'a Target) -> Connecting<'a> {
-        self.opened.fetch_add(1, Ordering::Relaxed);
-        let bulk = self.bulk.clone();
-        let stream: BoxStream = Box::new(Nobody { bulk });
+        let (place, bulk) = (self.opened.fetch_add(1, Ordering::Relaxed), self.bulk.clone());
+        let stream: BoxStream = Box::new(Nobody { place, bulk });
         Box::pin(ready(Ok(stream)))
     }
 }
@@ -145,7 +146,7 @@ impl Scene {
 #[tokio::test(start_paused = true)]
 async fn of_two_requests_for_the_last_place_the_other_gets_what_was_passed_over() {
     let scene = Scene::new(2).await;
-    scene.way.bulk.store(true, Ordering::Relaxed);
+    scene.way.bulk.store(1, Ordering::Relaxed);
     let begun = Instant::now();
     let _both = tokio::join!(scene.checkout(), scene.checkout());
     assert_eq!((scene.opened(), begun.elapsed()), (2, Duration::ZERO));
@@ -154,7 +155,7 @@ async fn of_two_requests_for_the_last_place_the_other_gets_what_was_passed_over(
 #[tokio::test(start_paused = true)]
 async fn where_a_new_connection_was_no_better_the_old_ones_do_for_a_while() {
     let scene = Scene::new(100).await;
-    scene.way.bulk.store(true, Ordering::Relaxed);
+    scene.way.bulk.store(usize::MAX, Ordering::Relaxed);
     for _ in 0..10 {
         let connection = scene.checkout().await;
         scene.put(connection).await;
