@@ -36,7 +36,7 @@ use crate::name::Naming;
 use crate::proxy::admission::Admission;
 use crate::proxy::socket::{Reset, Socket};
 use crate::registry::{Balancer, Registry};
-use crate::traffic::Requests;
+use crate::traffic::AccessLog;
 use crate::transport::Connect;
 
 pub use cors::AllowOrigin;
@@ -97,8 +97,8 @@ struct Context {
     upstream: upstream::Upstream,
     /// Chooses among endpoints.
     balancer: Balancer,
-    /// Numbers the requests.
-    requests: Requests,
+    /// Opens the records of requests.
+    log: AccessLog,
     /// The connections of clients, which are what shutdown waits for.
     clients: Drain,
 }
@@ -123,6 +123,8 @@ impl Proxy {
         clients: Drain,
         pods: &Drain,
     ) -> Self {
+        let log = AccessLog::default();
+        clients.spawn(log.clone().run(clients.clone()));
         let context = Context {
             naming: config.naming.clone(),
             retry: config.retry,
@@ -142,7 +144,7 @@ impl Proxy {
                 pods,
             ),
             balancer: Balancer::default(),
-            requests: Requests::default(),
+            log,
             clients,
         };
         Self {

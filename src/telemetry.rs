@@ -2,6 +2,7 @@
 
 mod fields;
 
+use std::cell::Cell;
 use std::fmt;
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::str::FromStr;
@@ -115,13 +116,25 @@ pub struct Config {
     pub format: Format,
 }
 
+thread_local! {
+    /// How long ago what this thread logs has happened.
+    static AGE: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+}
+
+/// Lets `log` log what happened so long ago.
+pub(crate) fn as_of(age: Duration, log: impl FnOnce()) {
+    AGE.set(age);
+    log();
+    AGE.set(Duration::ZERO);
+}
+
 /// Prints the time as RFC 3339 in UTC with milliseconds.
 #[derive(Debug)]
 struct Rfc3339;
 
 impl FormatTime for Rfc3339 {
     fn format_time(&self, w: &mut Writer<'_>) -> fmt::Result {
-        write!(w, "{:.3}", jiff::Timestamp::now())
+        write!(w, "{:.3}", jiff::Timestamp::now() - AGE.get())
     }
 }
 
@@ -260,6 +273,23 @@ mod tests {
         let sink = sink.0.lock().unwrap();
         assert_eq!(String::from_utf8_lossy(&sink.1), expected);
         assert!(sink.0 < LINES / 4, "{} writes", sink.0);
+    }
+
+    #[test]
+    fn what_is_logged_late_has_the_time_when_it_happened() {
+        let time = || {
+            let mut text = String::new();
+            Rfc3339.format_time(&mut Writer::new(&mut text)).unwrap();
+            text.parse::<jiff::Timestamp>().unwrap()
+        };
+        let (age, before) = (Duration::from_secs(3600), time());
+        let mut late = None;
+        as_of(age, || late = Some(time()));
+        let (late, after) = (late.unwrap(), time());
+        assert!(
+            before <= late + age && late + age <= after,
+            "{before} {late} {after}"
+        );
     }
 
     #[test]

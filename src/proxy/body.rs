@@ -15,7 +15,7 @@ use crate::proxy::front::Front;
 use crate::proxy::socket::Reset;
 use crate::proxy::upstream::Lease;
 use crate::registry::InFlight;
-use crate::traffic::{AccessRecord, Outcome};
+use crate::traffic::{OpenRecord, Outcome};
 
 /// The error of a body, whatever its source.
 pub(crate) type BoxError = Box<dyn StdError + Send + Sync>;
@@ -121,7 +121,7 @@ pub(crate) struct Passed {
     _in_flight: InFlight,
     /// Resets the client's connection if the body breaks.
     reset: Option<Reset>,
-    record: Box<AccessRecord>,
+    record: OpenRecord,
 }
 
 impl ResponseBody {
@@ -132,7 +132,7 @@ impl ResponseBody {
         unasked: Option<DropGuard>,
         in_flight: InFlight,
         reset: Option<Reset>,
-        record: Box<AccessRecord>,
+        record: OpenRecord,
     ) -> Self {
         let mut passed = Passed {
             body,
@@ -155,6 +155,13 @@ impl ResponseBody {
 }
 
 impl Passed {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        match &mut self.lease {
+            Some(lease) => lease.poll_frame(&mut self.body, cx),
+            None => Pin::new(&mut self.body).poll_frame(cx),
+        }
+    }
+
     fn finish(&mut self, outcome: Outcome) {
         self.record.outcome = outcome;
         if let Some(lease) = self.lease.take()
@@ -175,7 +182,7 @@ impl Passed {
                 self.finish(Outcome::Broken);
             }
             Some(Ok(frame)) => {
-                self.record.sent.add(frame.data_ref().map_or(0, Bytes::len));
+                self.record.sent += frame.data_ref().map_or(0, Bytes::len) as u64;
                 if let Some(status) = frame.trailers_ref().and_then(grpc_status) {
                     self.record.grpc_status = Some(status);
                 }
@@ -199,7 +206,7 @@ impl Body for ResponseBody {
         match &mut *self {
             Self::Own(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Self::Upstream(passed) => {
-                let frame = ready!(Pin::new(&mut passed.body).poll_frame(cx));
+                let frame = ready!(passed.poll_frame(cx));
                 passed.observe(frame.as_ref());
                 Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
             }

@@ -26,7 +26,7 @@ use crate::proxy::http::upgrade::Upgrade;
 use crate::proxy::reply::{self, Form};
 use crate::proxy::socket::Reset;
 use crate::proxy::{Context, own};
-use crate::traffic::AccessRecord;
+use crate::traffic::{AccessRecord, OpenRecord};
 
 /// How much of an answer that nobody wants is read for its connection's sake, and for how long.
 const UNWANTED: usize = 64 << 10;
@@ -40,13 +40,7 @@ pub(super) async fn answer(
 ) -> Result<Response<ResponseBody>, Infallible> {
     let path = request.uri().path().to_owned();
     let (client, protocol) = (downstream.client, downstream.protocol(request.version()));
-    let mut record = AccessRecord::open(
-        context.requests.next(),
-        client,
-        protocol,
-        request.method().clone(),
-        path,
-    );
+    let mut record = context.log.open(client, protocol, request.method().clone(), path);
     let version = request.version();
     let form = Form::of(request.headers());
     let cors = Cors::of(&request, &context.cors, &context.naming.zone);
@@ -151,14 +145,17 @@ async fn dispatch(
 fn in_its_place(
     answered: Answered,
     headers: HeaderMap,
-    mut record: Box<AccessRecord>,
+    mut record: OpenRecord,
     clients: &Drain,
 ) -> Response<ResponseBody> {
     let said = answered.answer.response.status();
     record.reason = Some(format!("the pod ({said}) has no answer to the preflight"));
     let Answered {
-        answer, in_flight, ..
+        mut answer,
+        in_flight,
+        ..
     } = answered;
+    answer.lease.detach();
     clients.spawn(async move {
         let rest = Limited::new(answer.response.into_body(), UNWANTED).collect();
         if let Ok(Ok(_)) = tokio::time::timeout(UNWANTED_TIME, rest).await {
@@ -170,11 +167,7 @@ fn in_its_place(
 }
 
 /// Passes a pod's response on to the client.
-fn pass_on(
-    answered: Answered,
-    reset: Option<Reset>,
-    mut record: Box<AccessRecord>,
-) -> Response<ResponseBody> {
+fn pass_on(answered: Answered, reset: Option<Reset>, mut record: OpenRecord) -> Response<ResponseBody> {
     let Answered {
         answer,
         unasked,

@@ -195,11 +195,9 @@ where
                 let Some(admitted) = admission.admit(place, client.ip()) else {
                     continue;
                 };
-                // Small frames of HTTP/2 and gRPC must not wait for Nagle's algorithm; a refusal changes nothing else.
-                let _ = stream.set_nodelay(true);
-                // A client that vanished must not hold a stream for ever.
-                let probes = TcpKeepalive::new().with_time(KEEP_ALIVE).with_interval(PROBE);
-                let _ = SockRef::from(&stream).set_tcp_keepalive(&probes);
+                if !INHERITED {
+                    set_options(&SockRef::from(&stream));
+                }
                 drain.spawn(serve(stream, client, admitted));
             }
             Err(error) if is_of_one_connection(&error) => {
@@ -217,6 +215,19 @@ where
             }
         }
     }
+}
+
+/// Whether a client's socket has the options of the listening one. Linux copies them with the rest of the socket
+/// (`inet_csk_clone_lock`), which saves four calls for each connection; POSIX does not say.
+const INHERITED: bool = cfg!(target_os = "linux");
+
+/// Sets what clients' sockets are to have; a refusal changes nothing else.
+fn set_options(socket: &SockRef<'_>) {
+    // Small frames of HTTP/2 and gRPC must not wait for Nagle's algorithm.
+    let _ = socket.set_tcp_nodelay(true);
+    // A client that vanished must not hold a stream for ever.
+    let probes = TcpKeepalive::new().with_time(KEEP_ALIVE).with_interval(PROBE);
+    let _ = socket.set_tcp_keepalive(&probes);
 }
 
 /// Whether a failed accept is about the connection that was to be accepted, and says nothing of the next one (accept(2)).
@@ -237,6 +248,9 @@ fn bind_one(address: SocketAddr) -> io::Result<TcpListener> {
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
+    if INHERITED {
+        set_options(&SockRef::from(&socket));
+    }
     socket.listen(BACKLOG)?;
     TcpListener::from_std(socket.into())
 }
@@ -291,6 +305,35 @@ mod tests {
             text.contains("already in use") && text.contains("-port="),
             "{text}"
         );
+    }
+
+    #[tokio::test]
+    async fn a_clients_socket_waits_for_nothing_and_notices_a_client_that_vanished() {
+        let listener = Listener::bind(&Bind::Addresses(vec![Ipv4Addr::LOCALHOST.into()]), 0).unwrap();
+        let address = listener.addresses()[0];
+        let (drain, (seen, looked)) = (Drain::new(), tokio::sync::oneshot::channel());
+        let seen = std::sync::Mutex::new(Some(seen));
+        let admission = Admission::new(1, None);
+        let serving = listener.run(&drain, &admission, |stream, _, _| {
+            let socket = SockRef::from(&stream);
+            let options = (
+                socket.tcp_nodelay().unwrap(),
+                socket.keepalive().unwrap(),
+                socket.tcp_keepalive_time().unwrap(),
+                socket.tcp_keepalive_interval().unwrap(),
+            );
+            seen.lock().unwrap().take().unwrap().send(options).unwrap();
+            async {}
+        });
+        let client = async {
+            let _client = TcpStream::connect(address).await.unwrap();
+            looked.await.unwrap()
+        };
+        let options = tokio::select! {
+            () = serving => unreachable!("it was not drained"),
+            options = client => options,
+        };
+        assert_eq!(options, (true, true, KEEP_ALIVE, PROBE));
     }
 
     #[test]

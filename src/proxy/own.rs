@@ -17,7 +17,7 @@ use crate::proxy::connection::{Downstream, Security};
 use crate::proxy::cors::Cors;
 use crate::proxy::error::Error;
 use crate::proxy::reply::respond;
-use crate::traffic::AccessRecord;
+use crate::traffic::OpenRecord;
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
@@ -88,7 +88,7 @@ pub(super) fn show(
     page: Page,
     context: &Context,
     asked: &Asked<'_>,
-    record: Box<AccessRecord>,
+    record: OpenRecord,
 ) -> Response<ResponseBody> {
     let draining = context.clients.is_started();
     let (status, kind, body) = match page {

@@ -144,6 +144,11 @@ impl Replay {
         tokio::time::timeout(RETURN, waiting).await.unwrap_or(false)
     }
 
+    /// Whether an attempt still has the body: not all of it has been sent.
+    pub(crate) fn is_under_way(&self) -> bool {
+        self.shared.lock().source.is_none()
+    }
+
     /// Keeps nothing from now on: the response has begun, and there will be no other attempt. Returns what must live until the
     /// response has ended if the body was not asked for; it will not be, and the connection cannot carry anything else.
     pub(crate) fn give_up(&self) -> Option<DropGuard> {

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::proxy::body::ResponseBody;
 use crate::proxy::error::{self, Error};
-use crate::traffic::{AccessRecord, Outcome};
+use crate::traffic::{OpenRecord, Outcome};
 
 /// What `grpc-message` must percent-encode: everything but printable ASCII, and the percent sign (gRPC over HTTP/2).
 const GRPC_MESSAGE: &AsciiSet = &CONTROLS.add(b'%');
@@ -56,7 +56,7 @@ pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
 }
 
 /// Answers a request that got no answer from a pod.
-pub(super) fn fail(form: Form, error: &Error, mut record: Box<AccessRecord>) -> Response<ResponseBody> {
+pub(super) fn fail(form: Form, error: &Error, mut record: OpenRecord) -> Response<ResponseBody> {
     let reply = error.reply();
     let text = error.to_string();
     record.flag = Some(reply.flag);
@@ -105,7 +105,7 @@ pub(super) fn respond(
     status: StatusCode,
     mut headers: HeaderMap,
     mut body: Bytes,
-    mut record: Box<AccessRecord>,
+    mut record: OpenRecord,
 ) -> Response<ResponseBody> {
     if record.method == Method::HEAD {
         headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
@@ -113,7 +113,7 @@ pub(super) fn respond(
     }
     record.status = Some(status);
     record.first_byte = Some(tokio::time::Instant::now());
-    record.sent.add(body.len());
+    record.sent = body.len() as u64;
     // Whether the client reads these few bytes is not observed.
     record.outcome = Outcome::Complete;
     let mut response = Response::new(ResponseBody::own(body));

@@ -122,33 +122,22 @@ fn some(list: &[Arc<str>]) -> String {
 /// means TLS unless one of them says otherwise.
 fn hint(port: &ServicePort) -> Hint {
     let word = match &port.app_protocol {
-        Some(protocol) => protocol.to_ascii_lowercase(),
-        None => port
-            .name
-            .split('-')
-            .next()
-            .unwrap_or_default()
-            .to_ascii_lowercase(),
+        Some(protocol) => protocol,
+        None => port.name.split('-').next().unwrap_or_default(),
     };
-    match word.as_str() {
-        "kubernetes.io/h2c" | "h2c" | "http2" | "grpc" => Hint {
-            http2: true,
-            tls: false,
-        },
-        "https" | "kubernetes.io/wss" | "wss" | "tls" => Hint {
-            http2: false,
-            tls: true,
-        },
-        "h2" | "grpcs" => Hint {
-            http2: true,
-            tls: true,
-        },
-        "http" | "kubernetes.io/ws" | "ws" => Hint::default(),
-        _ => Hint {
-            http2: false,
-            tls: port.number == HTTPS,
-        },
-    }
+    let is = |words: &[&str]| words.iter().any(|known| word.eq_ignore_ascii_case(known));
+    let (http2, tls) = if is(&["kubernetes.io/h2c", "h2c", "http2", "grpc"]) {
+        (true, false)
+    } else if is(&["https", "kubernetes.io/wss", "wss", "tls"]) {
+        (false, true)
+    } else if is(&["h2", "grpcs"]) {
+        (true, true)
+    } else if is(&["http", "kubernetes.io/ws", "ws"]) {
+        (false, false)
+    } else {
+        (false, port.number == HTTPS)
+    };
+    Hint { http2, tls }
 }
 
 fn missing(view: &View, hostname: Option<&str>) -> String {

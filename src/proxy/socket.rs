@@ -4,7 +4,7 @@ use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
@@ -29,11 +29,17 @@ impl Reset {
 pub(super) struct Socket {
     stream: TcpStream,
     reset: Reset,
+    /// Whether the client has stopped sending.
+    ended: bool,
 }
 
 impl Socket {
     pub(super) fn new(stream: TcpStream, reset: Reset) -> Self {
-        Self { stream, reset }
+        Self {
+            stream,
+            reset,
+            ended: false,
+        }
     }
 }
 
@@ -43,7 +49,10 @@ impl AsyncRead for Socket {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        self.ended |= buf.filled().len() == before && buf.remaining() > 0;
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -69,7 +78,8 @@ impl AsyncWrite for Socket {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.reset.is_wished() {
+        // Where the client has ended too, closing the socket says the same, and is what comes next.
+        if self.reset.is_wished() || self.ended {
             return Poll::Ready(Ok(()));
         }
         Pin::new(&mut self.stream).poll_shutdown(cx)

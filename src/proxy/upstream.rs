@@ -336,7 +336,7 @@ impl Upstream {
             Pool::Http1(pool) => {
                 let (mut connection, reused) = pool.checkout(&self.shared, fresh).await.map_err(unopened)?;
                 let waited = begun.elapsed();
-                match connection.sender.try_send_request(request).await {
+                match connection.exchange(request).await {
                     Ok(response) => {
                         let lease = Lease::http1(pool, connection, self.shared.drain.clone());
                         Ok(Answer {

@@ -68,7 +68,7 @@ pub(super) async fn exchange(
         );
     }
     let mut attempts = Attempts::new(context.retry);
-    let patient_until = Instant::now() + context.ready_timeout;
+    let patient_until = record.started + context.ready_timeout;
     let mut failed: Vec<PodRef> = Vec::new();
     let (mut pauses, mut fresh, mut switched) = (0, Fresh::No, None::<Switched>);
     loop {
@@ -131,7 +131,7 @@ pub(super) async fn exchange(
             misunderstood,
             waited,
         } = match context.upstream.send(&peer, fresh, request).await {
-            Ok(answer) => {
+            Ok(mut answer) => {
                 debug!(
                     request = record.request, attempt = record.attempts, endpoint = %target,
                     status = answer.response.status().as_u16(), connection = connection(answer.reused),
@@ -139,6 +139,9 @@ pub(super) async fn exchange(
                     "pod answered"
                 );
                 record.reused = Some(answer.reused);
+                if pending.is_under_way() {
+                    answer.lease.detach();
+                }
                 let unasked = pending.give_up();
                 if choice.undecided {
                     context.upstream.learn(&target, wire);
@@ -257,8 +260,7 @@ async fn locate(context: &Context, destination: &Destination, request: u64) -> R
         port,
         ..
     } = destination;
-    let deadline = Instant::now() + context.ready_timeout;
-    let (mut resolving, mut waiting) = (Duration::ZERO, None);
+    let (mut resolving, mut waiting, mut deadline) = (Duration::ZERO, None, None);
     let located = loop {
         let asked = Instant::now();
         let resolved = context.registry.resolve(service).await;
@@ -279,6 +281,7 @@ async fn locate(context: &Context, destination: &Destination, request: u64) -> R
         }
         context.registry.recheck(service);
         let changed = context.registry.changed(&view);
+        let deadline = *deadline.get_or_insert_with(|| asked + context.ready_timeout);
         if tokio::time::timeout_at(deadline, changed).await.is_err() {
             break routed;
         }
@@ -314,7 +317,7 @@ impl Pending {
         extended: bool,
         front: &Arc<Front>,
         replayed: usize,
-        record: &AccessRecord,
+        record: &mut AccessRecord,
     ) -> Self {
         let (mut head, body) = request.into_parts();
         headers::strip_hop_by_hop(&mut head.headers);
@@ -323,7 +326,7 @@ impl Pending {
         let front = (head.version == Version::HTTP_11).then(|| front.clone());
         Self {
             head,
-            body: body.map(|body| Replay::new(body, replayed, expected, record.received.clone())),
+            body: body.map(|body| Replay::new(body, replayed, expected, record.received.share())),
             front,
         }
     }
@@ -361,6 +364,11 @@ impl Pending {
             Some(body) => body.recover().await,
             None => true,
         }
+    }
+
+    /// Whether its body is still being sent.
+    fn is_under_way(&self) -> bool {
+        self.body.as_ref().is_some_and(Replay::is_under_way)
     }
 
     /// Ends the keeping of what was sent: the answer is there. See [`Replay::give_up`].

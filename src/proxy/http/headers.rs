@@ -172,7 +172,10 @@ pub(super) fn prepare(parts: &mut Parts, wire: Wire, authority: &str, body: bool
             }
             parts.version = Version::HTTP_11;
             parts.uri = path_and_query(&parts.uri).into();
-            if let Ok(host) = HeaderValue::from_str(authority) {
+            let told = parts.headers.get(HOST);
+            if told.is_none_or(|told| told != authority)
+                && let Ok(host) = HeaderValue::from_str(authority)
+            {
                 parts.headers.insert(HOST, host);
             }
             if parts.headers.contains_key(TE) {

@@ -25,7 +25,7 @@ use crate::proxy::http::headers;
 use crate::proxy::socket::Reset;
 use crate::proxy::upstream::{Answer, Lease};
 use crate::registry::InFlight;
-use crate::traffic::{AccessRecord, Outcome};
+use crate::traffic::{OpenRecord, Outcome};
 
 /// The field that proves a WebSocket handshake; over HTTP/2 there is none (RFC 8441 section 5).
 const ACCEPT: HeaderName = http::header::SEC_WEBSOCKET_ACCEPT;
@@ -95,15 +95,18 @@ impl Upgrade {
         self,
         answered: Answered,
         downstream: Arc<Downstream>,
-        mut record: Box<AccessRecord>,
+        mut record: OpenRecord,
         drain: &Drain,
     ) -> Response<ResponseBody> {
         let Answered {
             answer, in_flight, ..
         } = answered;
         let Answer {
-            mut response, lease, ..
+            mut response,
+            mut lease,
+            ..
         } = answer;
+        lease.detach();
         let pod = hyper::upgrade::on(&mut response);
         let (mut parts, _) = response.into_parts();
         let protocol = parts.headers.get(UPGRADE).cloned().unwrap_or(self.protocol);
@@ -139,14 +142,15 @@ async fn join(
     pod: OnUpgrade,
     reset: Option<Reset>,
     _held: (Arc<Downstream>, Lease, InFlight),
-    mut record: Box<AccessRecord>,
+    mut record: OpenRecord,
 ) {
     match splice(client, pod, reset).await {
         Ok((received, sent)) => {
             record
                 .received
+                .share()
                 .add(usize::try_from(received).unwrap_or(usize::MAX));
-            record.sent.add(usize::try_from(sent).unwrap_or(usize::MAX));
+            record.sent += sent;
             record.outcome = Outcome::Complete;
         }
         Err(error) => {

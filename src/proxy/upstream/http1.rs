@@ -5,10 +5,20 @@
 //! leaves wastes none, and only a few run at a time, so that a burst of first requests is no burst of handshakes. When the pod
 //! has as many connections as it may have, the requests wait in order for one to come back or to end.
 
+mod driver;
+
 use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::{Body as _, Frame};
+use hyper::body::Incoming;
+use hyper::client::conn::TrySendError;
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
@@ -18,6 +28,7 @@ use tracing::{debug, warn};
 use crate::proxy::error::Error;
 use crate::proxy::replay::RequestBody;
 use crate::proxy::upstream::cause::{Cause, Noted};
+use crate::proxy::upstream::http1::driver::Driver;
 use crate::proxy::upstream::{Fresh, Peer, Shared, lock};
 use crate::registry::Load;
 use crate::transport::{Company, ConnectError};
@@ -35,13 +46,64 @@ pub(super) const SURPLUS: Duration = Duration::from_secs(10);
 /// come about: as long as a transfer counts as one.
 const FUTILE: Duration = Duration::from_secs(2);
 
-/// A connection, as its user sees it.
+/// A connection, as its user sees it. Dropping it closes it.
 pub(super) struct Connection {
-    pub(super) sender: SendRequest<RequestBody>,
+    sender: SendRequest<RequestBody>,
+    driver: Driver,
     pub(super) cause: Cause,
     company: Company,
     /// Its place among those that the pod may have.
     _place: OwnedSemaphorePermit,
+}
+
+impl Connection {
+    /// Sends a request and waits for the response's headers. Dropping the future gives up the connection.
+    pub(super) async fn exchange(
+        &mut self,
+        request: Request<RequestBody>,
+    ) -> Result<Response<Incoming>, TrySendError<Request<RequestBody>>> {
+        let Self { sender, driver, .. } = self;
+        let mut answer = pin!(sender.try_send_request(request));
+        poll_fn(|cx| driver.poll_for(cx, |cx| answer.as_mut().poll(cx))).await
+    }
+
+    /// Polls the body of the response for its next frame.
+    pub(super) fn poll_frame(
+        &mut self,
+        body: &mut Incoming,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        self.driver.poll_for(cx, |cx| Pin::new(&mut *body).poll_frame(cx))
+    }
+
+    /// Lets it go on while nobody polls the response.
+    pub(super) fn detach(&mut self) {
+        self.driver.detach();
+    }
+
+    /// Waits until it can carry another request. Returns whether it can.
+    pub(super) async fn ready(&mut self) -> bool {
+        let Self { sender, driver, .. } = self;
+        poll_fn(|cx| driver.poll_for(cx, |cx| sender.poll_ready(cx)))
+            .await
+            .is_ok()
+    }
+
+    /// Whether it can carry another request now.
+    pub(super) fn is_ready(&self) -> bool {
+        self.sender.is_ready()
+    }
+
+    /// Whether it will carry no other request.
+    pub(super) fn is_closed(&self) -> bool {
+        self.sender.is_closed()
+    }
+
+    /// Whether it can still carry another request, or has ended since it was put among the idle ones.
+    fn is_alive(&mut self) -> bool {
+        self.driver.poll(&mut Context::from_waker(Waker::noop()));
+        self.is_ready()
+    }
 }
 
 /// The connections to one port of one pod.
@@ -176,14 +238,15 @@ impl Pool {
             .map_err(|error| unavailable(&self.peer, error.to_string()))?;
         let target = self.peer.target.clone();
         let open = self.open.begin();
-        shared.drain.spawn(async move {
+        let moving = async move {
             let _open = open;
             if let Err(error) = connection.with_upgrades().await {
                 debug!(endpoint = %target, %error, "connection to the pod ended");
             }
-        });
+        };
         Ok(Connection {
             sender,
+            driver: Driver::new(moving, &shared.drain),
             cause,
             company,
             _place: place,
@@ -198,8 +261,8 @@ impl Pool {
     /// Closes connections that have been idle for this time, or that no burst needs any more. Returns whether anything is left.
     pub(super) fn expire(self: &Arc<Self>, now: Instant, idle_timeout: Duration) -> bool {
         let mut state = lock(&self.state);
-        state.idle.retain(|(connection, since)| {
-            now.duration_since(*since) < idle_timeout && connection.sender.is_ready()
+        state.idle.retain_mut(|(connection, since)| {
+            now.duration_since(*since) < idle_timeout && connection.is_alive()
         });
         state.close_surplus(now);
         // A request that holds the pool may be about to give a connection back.
@@ -227,12 +290,10 @@ impl State {
     /// better one.
     fn take_idle(&mut self, better: bool) -> Option<Connection> {
         loop {
-            let fits = |(connection, _): &(Connection, Instant)| {
-                !better || !connection.sender.is_ready() || !connection.company.is_bulk()
-            };
+            let fits = |(connection, _): &(Connection, Instant)| !better || !connection.company.is_bulk();
             let index = self.idle.iter().rposition(fits)?;
-            let (connection, _) = self.idle.remove(index)?;
-            if connection.sender.is_ready() {
+            let (mut connection, _) = self.idle.remove(index)?;
+            if connection.is_alive() {
                 return Some(connection);
             }
         }

@@ -1,7 +1,13 @@
 //! What a response holds of the connection that it comes over.
 
 use std::fmt;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use http_body::{Body as _, Frame};
+use hyper::body::Incoming;
 
 use crate::drain::Drain;
 use crate::proxy::upstream::http1::{Connection, Pool};
@@ -14,10 +20,7 @@ pub(crate) struct Lease(Held);
 
 enum Held {
     Http1(Box<(Arc<Pool>, Connection, Drain)>),
-    Retired(
-        #[expect(dead_code, reason = "counts the connection for as long as it lives")]
-        Box<(Arc<Pool>, Connection, Drain)>,
-    ),
+    Retired(Box<(Arc<Pool>, Connection, Drain)>),
     Http2(#[expect(dead_code, reason = "counts the stream for as long as it lives")] Slot),
 }
 
@@ -40,6 +43,25 @@ impl Lease {
         Self(Held::Http2(slot))
     }
 
+    /// Polls the response's body for its next frame.
+    pub(crate) fn poll_frame(
+        &mut self,
+        body: &mut Incoming,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        match &mut self.0 {
+            Held::Http1(held) | Held::Retired(held) => held.1.poll_frame(body, cx),
+            Held::Http2(_) => Pin::new(body).poll_frame(cx),
+        }
+    }
+
+    /// Lets the connection go on while nobody polls the response's body: there is more to it than that.
+    pub(crate) fn detach(&mut self) {
+        if let Held::Http1(held) | Held::Retired(held) = &mut self.0 {
+            held.1.detach();
+        }
+    }
+
     /// Gives up the use of the connection for anything else; it still counts until this is dropped.
     pub(crate) fn retire(self) -> Self {
         match self.0 {
@@ -52,12 +74,12 @@ impl Lease {
     pub(crate) fn give_back(self) {
         let Held::Http1(held) = self.0 else { return };
         let (pool, mut connection, drain) = *held;
-        if connection.sender.is_ready() {
+        if connection.is_ready() {
             pool.put(connection);
-        } else if !connection.sender.is_closed() {
-            // The connection's task has yet to see the end of the message, or is still sending the request's body.
+        } else if !connection.is_closed() {
+            // It has yet to see the end of the message, or is still sending the request's body.
             drain.spawn(async move {
-                if connection.sender.ready().await.is_ok() {
+                if connection.ready().await {
                     pool.put(connection);
                 }
             });

@@ -134,7 +134,7 @@ impl Scene {
 
     /// Gives a connection back once it can carry another request.
     async fn put(&self, mut connection: Connection) {
-        connection.sender.ready().await.unwrap();
+        assert!(connection.ready().await);
         self.pool.put(connection);
     }
 

@@ -1,0 +1,159 @@
+//! What moves the bytes of a connection: polled by whoever uses the connection, so that a request and its answer wake no task
+//! besides the request's own, which for a small one cost as much as reading the answer.
+
+use std::fmt;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll, Waker};
+
+use tokio::runtime::Handle;
+use tokio::task::coop::unconstrained;
+
+use crate::drain::Drain;
+
+/// The future that moves a connection's bytes, until the connection ends.
+pub(super) struct Driver {
+    /// Nothing once it has ended, or is a task of its own.
+    moving: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+    drain: Drain,
+}
+
+impl fmt::Debug for Driver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let own = self.moving.is_some();
+        f.debug_struct("Driver")
+            .field("own", &own)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Driver {
+    /// Takes the future, which becomes a task of `drain` when nobody is there to poll it.
+    pub(super) fn new(moving: impl Future<Output = ()> + Send + 'static, drain: &Drain) -> Self {
+        Self {
+            moving: Some(Box::pin(moving)),
+            drain: drain.clone(),
+        }
+    }
+
+    /// Moves what can be moved now.
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) {
+        if let Some(moving) = &mut self.moving
+            && moving.as_mut().poll(cx).is_ready()
+        {
+            self.moving = None;
+        }
+    }
+
+    /// Polls for something that only the connection can bring.
+    pub(super) fn poll_for<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut poll: impl FnMut(&mut Context<'_>) -> Poll<T>,
+    ) -> Poll<T> {
+        if self.moving.is_some() {
+            // It comes while the future is polled, here: there is no need to be woken for it.
+            let mut looking = || {
+                let looking = pin!(unconstrained(std::future::poll_fn(&mut poll)));
+                looking.poll(&mut Context::from_waker(Waker::noop()))
+            };
+            if let Poll::Ready(brought) = looking() {
+                return Poll::Ready(brought);
+            }
+            if let Some(moving) = &mut self.moving
+                && moving.as_mut().poll(cx).is_pending()
+            {
+                return looking();
+            }
+            self.moving = None;
+        }
+        poll(cx)
+    }
+
+    /// Makes it a task of its own: there will be things to move while nobody polls.
+    pub(super) fn detach(&mut self) {
+        if let Some(moving) = self.moving.take()
+            && Handle::try_current().is_ok()
+        {
+            self.drain.spawn(moving);
+        }
+    }
+}
+
+impl Drop for Driver {
+    /// Lets the connection end as its protocol wants it.
+    fn drop(&mut self) {
+        self.detach();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::Wake;
+    use std::time::Duration;
+
+    use tokio::sync::oneshot;
+    use tokio::sync::oneshot::error::TryRecvError;
+
+    use super::*;
+
+    /// Counts how often it was rung.
+    #[derive(Default)]
+    struct Bell(AtomicUsize);
+
+    impl Wake for Bell {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_the_connection_brings_is_there_at_once_and_wakes_nobody_for_it() {
+        let (bring, mut brought) = oneshot::channel();
+        let (arrive, arrived) = oneshot::channel::<()>();
+        let moving = async {
+            arrived.await.unwrap();
+            bring.send(1).unwrap();
+            std::future::pending::<()>().await;
+        };
+        let mut driver = Driver::new(moving, &Drain::new());
+        let bell = Arc::new(Bell::default());
+        let waker = bell.clone().into();
+        let mut cx = Context::from_waker(&waker);
+        let mut poll = || driver.poll_for(&mut cx, |cx| Pin::new(&mut brought).poll(cx));
+        assert!(poll().is_pending());
+        arrive.send(()).unwrap();
+        assert_eq!(bell.0.load(Ordering::Relaxed), 1, "woken for what has arrived");
+        assert_eq!(poll(), Poll::Ready(Ok(1)));
+        assert_eq!(bell.0.load(Ordering::Relaxed), 1, "and not for what that brings");
+    }
+
+    #[tokio::test]
+    async fn what_a_connection_of_its_own_brings_is_waited_for() {
+        let (bring, mut brought) = oneshot::channel();
+        let mut driver = Driver::new(
+            async {
+                tokio::task::yield_now().await;
+                bring.send(1).unwrap();
+            },
+            &Drain::new(),
+        );
+        driver.detach();
+        let waiting = std::future::poll_fn(|cx| driver.poll_for(cx, |cx| Pin::new(&mut brought).poll(cx)));
+        let waited = tokio::time::timeout(Duration::from_secs(10), waiting).await;
+        assert_eq!(waited.unwrap(), Ok(1));
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_nobody_uses_any_more_goes_on_to_its_end() {
+        let (over, mut ended) = oneshot::channel();
+        let drain = Drain::new();
+        let driver = Driver::new(async { over.send(()).unwrap() }, &drain);
+        tokio::task::yield_now().await;
+        assert_eq!(ended.try_recv(), Err(TryRecvError::Empty));
+        drop(driver);
+        drain.complete(Duration::from_secs(10)).await;
+        assert_eq!(ended.try_recv(), Ok(()));
+    }
+}
