@@ -90,7 +90,7 @@ async fn run_round(
         match recovery::run(disturbance, contestants, settings).await {
             Ok(figures) => figures
                 .into_iter()
-                .for_each(|(which, figures)| results.add(case, which, figures)),
+                .for_each(|(which, figures)| results.add(case, round, which, figures)),
             Err(error) => results.fail(format!("{}: {error:#}", case.name)),
         }
         return;
@@ -102,7 +102,7 @@ async fn run_round(
             continue;
         }
         match cases::run(case, contestant, settings).await {
-            Ok(figures) => results.add(case, which, figures),
+            Ok(figures) => results.add(case, round, which, figures),
             Err(error) => results.fail(format!("{} with {contestant}: {error:#}", case.name)),
         }
     }

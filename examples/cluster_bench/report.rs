@@ -66,8 +66,8 @@ impl fmt::Display for Measure {
 #[derive(Debug)]
 pub(crate) struct Results {
     contestants: Vec<Contestant>,
-    /// By case, measure and the contestant's place.
-    figures: BTreeMap<(&'static str, Measure, usize), Vec<f64>>,
+    /// By case, measure and the contestant's place, then by round.
+    figures: BTreeMap<(&'static str, Measure, usize), BTreeMap<usize, f64>>,
     /// What could not be measured.
     failures: Vec<String>,
 }
@@ -83,7 +83,7 @@ impl Results {
     }
 
     /// Adds one measurement, and says it on the way.
-    pub(crate) fn add(&mut self, case: &Case, which: usize, figures: Figures) {
+    pub(crate) fn add(&mut self, case: &Case, round: usize, which: usize, figures: Figures) {
         for (measure, figure) in figures {
             if !matches!(measure, Measure::Share(_)) {
                 tell(&format!(
@@ -93,7 +93,7 @@ impl Results {
                 ));
             }
             let key = (case.name, measure, which);
-            self.figures.entry(key).or_default().push(figure);
+            self.figures.entry(key).or_default().insert(round, figure);
         }
     }
 
@@ -110,21 +110,25 @@ impl Results {
 
     /// Returns the median of a contestant's rounds.
     pub(crate) fn median(&self, case: &str, measure: Measure, which: usize) -> Option<f64> {
-        let mut figures = self
-            .figures
-            .iter()
-            .find(|((name, known, place), _)| *name == case && *known == measure && *place == which)
-            .map(|(_, figures)| figures.clone())?;
-        figures.sort_by(f64::total_cmp);
-        figures.get(figures.len() / 2).copied()
+        middle(self.rounds(case, measure, which)?.values().copied())
     }
 
-    /// Returns a contestant's median by that of kubectl.
+    /// Returns the median of the ratios to kubectl in the same round: between rounds the machine itself may get faster or slower.
     pub(crate) fn ratio(&self, case: &str, measure: Measure, which: usize) -> Option<f64> {
-        let kubectl = self.median(case, measure, self.kubectl());
-        let kubectl = kubectl.filter(|figure| figure.is_finite())?;
-        let ratio = self.median(case, measure, which)? / kubectl;
-        ratio.is_finite().then_some(ratio)
+        let kubectl = self.rounds(case, measure, self.kubectl())?;
+        let figures = self.rounds(case, measure, which)?;
+        let ratios = figures
+            .iter()
+            .filter_map(|(round, figure)| Some(figure / kubectl.get(round)?));
+        middle(ratios.filter(|ratio| ratio.is_finite()))
+    }
+
+    fn rounds(&self, case: &str, measure: Measure, which: usize) -> Option<&BTreeMap<usize, f64>> {
+        let rounds = self
+            .figures
+            .iter()
+            .find(|((name, known, place), _)| *name == case && *known == measure && *place == which);
+        rounds.map(|(_, rounds)| rounds)
     }
 
     /// Prints who took the processors, and how many times kubectl's rate would be left to a contestant that took nothing.
@@ -225,6 +229,15 @@ impl fmt::Display for Results {
         }
         Ok(())
     }
+}
+
+/// Returns the middle one, of an even number the mean of the two.
+fn middle(figures: impl Iterator<Item = f64>) -> Option<f64> {
+    let mut figures: Vec<_> = figures.collect();
+    figures.sort_by(f64::total_cmp);
+    let upper = figures.get(figures.len() / 2)?;
+    let lower = figures.get((figures.len() - 1) / 2)?;
+    Some(f64::midpoint(*lower, *upper))
 }
 
 /// Writes three digits, and what never came as such.
