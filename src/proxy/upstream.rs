@@ -406,7 +406,7 @@ impl Upstream {
         let pool = match peer.wire {
             Wire::Http1 | Wire::Http1Tls => {
                 let places = self.shared.limits.connections_per_pod;
-                Pool::Http1(Arc::new(http1::Pool::new(peer.clone(), places)))
+                Pool::Http1(http1::Pool::start(peer.clone(), places, &self.shared.drain))
             }
             Wire::H2c | Wire::H2 => Pool::Http2(Arc::new(http2::Pool::new(peer.clone()))),
         };

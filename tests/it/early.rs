@@ -7,7 +7,7 @@ use http::{Request, StatusCode};
 use kube_tunnel::testing::FakeCluster;
 use kube_tunnel::testing::backend::{Protocols, Serve};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
 use crate::app::{PATIENCE, TestApp, eventually, web};
 use crate::backends::{behind, raw};
@@ -19,7 +19,10 @@ const LARGE: usize = 32 << 20;
 
 /// Sends the whole upload before it reads a byte of the answer, as simple clients do.
 async fn upload(app: &TestApp, host: &str) -> TcpStream {
-    let mut client = TcpStream::connect(app.address).await.unwrap();
+    send(TcpStream::connect(app.address).await.unwrap(), host).await
+}
+
+async fn send(mut client: TcpStream, host: &str) -> TcpStream {
     let head = format!("POST /upload HTTP/1.1\r\nHost: {host}\r\nContent-Length: {LARGE}\r\n\r\n");
     let exchange = async {
         client.write_all(head.as_bytes()).await.unwrap();
@@ -61,6 +64,36 @@ async fn a_pods_early_answer_is_read_by_a_client_that_sends_everything_first() {
     let app = TestApp::start(&cluster).await;
     let answer = until(&mut upload(&app, "web.shop").await, "\r\n\r\nno").await;
     assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+}
+
+#[tokio::test]
+async fn an_upload_goes_on_while_nobody_reads_its_early_answer() {
+    // More than the client's connection holds, and no more than the port-forward does.
+    const ANSWER: usize = 4 << 20;
+    let cluster = FakeCluster::start().await.unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    behind(&cluster, listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        let (mut pod, _) = listener.accept().await.unwrap();
+        until(&mut pod, "\r\n\r\n").await;
+        let (mut upload, mut answer) = pod.into_split();
+        let answering = async {
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {ANSWER}\r\n\r\n");
+            answer.write_all(head.as_bytes()).await.unwrap();
+            answer.write_all(&vec![b'.'; ANSWER]).await.unwrap();
+        };
+        let reading = async { tokio::io::copy(&mut upload, &mut tokio::io::sink()).await };
+        let ((), _) = tokio::join!(answering, reading);
+    });
+    let app = TestApp::start(&cluster).await;
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4 << 10).unwrap();
+    let client = socket.connect(app.address).await.unwrap();
+    let mut client = send(client, "web.shop").await;
+    until(&mut client, "\r\n\r\n").await;
+    let mut body = vec![0; ANSWER];
+    let reading = client.read_exact(&mut body);
+    tokio::time::timeout(PATIENCE, reading).await.unwrap().unwrap();
 }
 
 #[tokio::test]

@@ -6,6 +6,7 @@
 //! has as many connections as it may have, the requests wait in order for one to come back or to end.
 
 mod driver;
+mod keeper;
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -25,6 +26,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::Instant;
 use tracing::{debug, warn};
 
+use crate::drain::Drain;
 use crate::proxy::error::Error;
 use crate::proxy::replay::RequestBody;
 use crate::proxy::upstream::cause::{Cause, Noted};
@@ -99,9 +101,9 @@ impl Connection {
         self.sender.is_closed()
     }
 
-    /// Whether it can still carry another request, or has ended since it was put among the idle ones.
-    fn is_alive(&mut self) -> bool {
-        self.driver.poll(&mut Context::from_waker(Waker::noop()));
+    /// Moves what can be moved between two requests. Returns whether it can still carry another one.
+    fn is_alive(&mut self, cx: &mut Context<'_>) -> bool {
+        self.driver.poll(cx);
         self.is_ready()
     }
 }
@@ -128,17 +130,29 @@ struct State {
     opening: usize,
     /// Until when a new connection is not expected to be better than one beside a transfer.
     futile_until: Option<Instant>,
+    /// Wakes who looks after the idle connections, while nothing happens to them.
+    keeper: Option<Waker>,
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        if let Some(keeper) = self.keeper.take() {
+            keeper.wake();
+        }
+    }
 }
 
 impl Pool {
-    /// Makes an empty pool for so many connections at most.
-    pub(super) fn new(peer: Peer, places: usize) -> Self {
-        Self {
+    /// Makes an empty pool for so many connections at most. Whoever looks after them is a task of `drain`.
+    pub(super) fn start(peer: Peer, places: usize, drain: &Drain) -> Arc<Self> {
+        let pool = Arc::new(Self {
             peer,
             places: Arc::new(Semaphore::new(places)),
             state: Mutex::default(),
             open: Arc::default(),
-        }
+        });
+        keeper::start(&pool, drain);
+        pool
     }
 
     /// Gets a connection for one request, and whether it was in use before. Cancel-safe.
@@ -261,9 +275,9 @@ impl Pool {
     /// Closes connections that have been idle for this time, or that no burst needs any more. Returns whether anything is left.
     pub(super) fn expire(self: &Arc<Self>, now: Instant, idle_timeout: Duration) -> bool {
         let mut state = lock(&self.state);
-        state.idle.retain_mut(|(connection, since)| {
-            now.duration_since(*since) < idle_timeout && connection.is_alive()
-        });
+        state
+            .idle
+            .retain(|(connection, since)| now.duration_since(*since) < idle_timeout && connection.is_ready());
         state.close_surplus(now);
         // A request that holds the pool may be about to give a connection back.
         !state.idle.is_empty()
@@ -293,7 +307,7 @@ impl State {
             let fits = |(connection, _): &(Connection, Instant)| !better || !connection.company.is_bulk();
             let index = self.idle.iter().rposition(fits)?;
             let (mut connection, _) = self.idle.remove(index)?;
-            if connection.is_alive() {
+            if connection.is_alive(&mut Context::from_waker(Waker::noop())) {
                 return Some(connection);
             }
         }
@@ -309,6 +323,10 @@ impl State {
                 Err(Err(_)) => unreachable!("what comes back is what was sent"),
             }
         }
+        if !used {
+            // A refusal is to be known before a request counts on it: the stream opens when it is first polled.
+            connection.is_alive(&mut Context::from_waker(Waker::noop()));
+        }
         self.keep(connection);
     }
 
@@ -323,6 +341,9 @@ impl State {
 
     fn keep(&mut self, connection: Connection) {
         self.idle.push_back((connection, Instant::now()));
+        if let Some(keeper) = self.keeper.take() {
+            keeper.wake();
+        }
     }
 
     /// Closes the connections that have been idle for longest, as far as nothing needed them lately.

@@ -1,7 +1,7 @@
 use std::future::ready;
 use std::io;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
 use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, ReadBuf};
@@ -22,6 +22,21 @@ const PATIENCE: Duration = Duration::from_secs(10);
 struct Way {
     bulk: Arc<AtomicUsize>,
     opened: AtomicUsize,
+    end: Arc<End>,
+}
+
+/// The end of all streams.
+#[derive(Debug, Default)]
+struct End {
+    come: AtomicBool,
+    readers: Mutex<Vec<Waker>>,
+}
+
+impl End {
+    fn come(&self) {
+        self.come.store(true, Ordering::Relaxed);
+        lock(&self.readers).drain(..).for_each(Waker::wake);
+    }
 }
 
 /// A stream to nobody.
@@ -29,6 +44,7 @@ struct Nobody {
     /// Its place among all streams, and how many of the first are beside a transfer.
     place: usize,
     bulk: Arc<AtomicUsize>,
+    end: Arc<End>,
 }
 
 impl Stream for Nobody {
@@ -39,7 +55,11 @@ impl Stream for Nobody {
 }
 
 impl AsyncRead for Nobody {
-    fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.end.come.load(Ordering::Relaxed) {
+            return Poll::Ready(Ok(()));
+        }
+        lock(&self.end.readers).push(cx.waker().clone());
         Poll::Pending
     }
 }
@@ -69,7 +89,8 @@ impl AsyncWrite for Nobody {
 impl Connect for Way {
     fn connect<'a>(&'a self, _: &'a Target) -> Connecting<'a> {
         let (place, bulk) = (self.opened.fetch_add(1, Ordering::Relaxed), self.bulk.clone());
-        let stream: BoxStream = Box::new(Nobody { place, bulk });
+        let end = self.end.clone();
+        let stream: BoxStream = Box::new(Nobody { place, bulk, end });
         Box::pin(ready(Ok(stream)))
     }
 }
@@ -119,7 +140,7 @@ impl Scene {
         };
         let scene = Self {
             way,
-            pool: Arc::new(Pool::new(peer, places)),
+            pool: Pool::start(peer, places, &shared.drain),
             shared: Arc::new(shared),
         };
         let first = scene.checkout().await;
@@ -165,4 +186,18 @@ async fn where_a_new_connection_was_no_better_the_old_ones_do_for_a_while() {
     let connection = scene.checkout().await;
     scene.put(connection).await;
     assert_eq!(scene.opened(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_connection_is_let_go_of_when_the_pod_closes_it() {
+    let scene = Scene::new(1).await;
+    tokio::time::sleep(2 * keeper::SOON).await;
+    assert_eq!(scene.pool.open(), 1);
+    let begun = Instant::now();
+    scene.way.end.come();
+    for _ in 0..10 {
+        tokio::task::yield_now().await;
+    }
+    let idle = lock(&scene.pool.state).idle.len();
+    assert_eq!((scene.pool.open(), idle, begun.elapsed()), (0, 0, Duration::ZERO));
 }
