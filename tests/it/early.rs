@@ -7,12 +7,12 @@ use http::{Request, StatusCode};
 use kube_tunnel::testing::FakeCluster;
 use kube_tunnel::testing::backend::{Protocols, Serve};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::net::{TcpSocket, TcpStream};
 
 use crate::app::{PATIENCE, TestApp, eventually, web};
 use crate::backends::{behind, raw};
 use crate::client::{Client, get};
-use crate::interim::until;
+use crate::interim::{scene, until};
 
 /// More than the buffers of both sides hold.
 const LARGE: usize = 32 << 20;
@@ -49,9 +49,7 @@ async fn our_own_answer_is_read_by_a_client_that_sends_everything_first() {
 
 #[tokio::test]
 async fn a_pods_early_answer_is_read_by_a_client_that_sends_everything_first() {
-    let cluster = FakeCluster::start().await.unwrap();
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    behind(&cluster, listener.local_addr().unwrap());
+    let (_cluster, listener, app) = scene().await;
     tokio::spawn(async move {
         let (mut pod, _) = listener.accept().await.unwrap();
         until(&mut pod, "\r\n\r\n").await;
@@ -61,7 +59,6 @@ async fn a_pods_early_answer_is_read_by_a_client_that_sends_everything_first() {
         pod.shutdown().await.unwrap();
         let _ = tokio::io::copy(&mut pod, &mut tokio::io::sink()).await;
     });
-    let app = TestApp::start(&cluster).await;
     let answer = until(&mut upload(&app, "web.shop").await, "\r\n\r\nno").await;
     assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
 }
@@ -70,9 +67,7 @@ async fn a_pods_early_answer_is_read_by_a_client_that_sends_everything_first() {
 async fn an_upload_goes_on_while_nobody_reads_its_early_answer() {
     // More than the client's connection holds, and no more than the port-forward does.
     const ANSWER: usize = 4 << 20;
-    let cluster = FakeCluster::start().await.unwrap();
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    behind(&cluster, listener.local_addr().unwrap());
+    let (_cluster, listener, app) = scene().await;
     tokio::spawn(async move {
         let (mut pod, _) = listener.accept().await.unwrap();
         until(&mut pod, "\r\n\r\n").await;
@@ -85,7 +80,6 @@ async fn an_upload_goes_on_while_nobody_reads_its_early_answer() {
         let reading = async { tokio::io::copy(&mut upload, &mut tokio::io::sink()).await };
         let ((), _) = tokio::join!(answering, reading);
     });
-    let app = TestApp::start(&cluster).await;
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_recv_buffer_size(4 << 10).unwrap();
     let client = socket.connect(app.address).await.unwrap();

@@ -37,7 +37,7 @@ pub(crate) async fn until(stream: &mut TcpStream, end: &str) -> String {
 }
 
 /// A pod's listener, and the proxy in front of it.
-async fn scene() -> (FakeCluster, TcpListener, TestApp) {
+pub(crate) async fn scene() -> (FakeCluster, TcpListener, TestApp) {
     let cluster = FakeCluster::start().await.unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
