@@ -348,6 +348,12 @@ mod tests {
         }
     }
 
+    /// Has somebody come for what has ended, until `drain` starts.
+    async fn run(log: &AccessLog, drain: &Drain) {
+        drain.spawn(log.clone().run(drain.clone()));
+        tokio::task::yield_now().await;
+    }
+
     fn open(log: &AccessLog) -> OpenRecord {
         log.open(
             ([127, 0, 0, 1], 1).into(),
@@ -361,8 +367,7 @@ mod tests {
     async fn records_are_emitted_together_and_soon_with_the_time_that_they_took() {
         let (lines, _guard) = Lines::gather();
         let (log, drain) = (AccessLog::default(), Drain::new());
-        drain.spawn(log.clone().run(drain.clone()));
-        tokio::task::yield_now().await;
+        run(&log, &drain).await;
         for _ in 0..3 {
             let record = open(&log);
             tokio::time::advance(Duration::from_millis(2)).await;
@@ -384,8 +389,7 @@ mod tests {
         let (log, drain) = (AccessLog::default(), Drain::new());
         drop(open(&log));
         assert_eq!(lines.count(), 1, "nobody comes for it yet");
-        drain.spawn(log.clone().run(drain.clone()));
-        tokio::task::yield_now().await;
+        run(&log, &drain).await;
         drop(open(&log));
         drain.complete(Duration::from_secs(1)).await;
         assert_eq!(lines.count(), 2);
@@ -397,8 +401,7 @@ mod tests {
     async fn a_burst_waits_for_nobody_and_takes_no_more_memory() {
         let (lines, _guard) = Lines::gather();
         let (log, drain) = (AccessLog::default(), Drain::new());
-        drain.spawn(log.clone().run(drain.clone()));
-        tokio::task::yield_now().await;
+        run(&log, &drain).await;
         for _ in 0..MOST_WAITING {
             drop(open(&log));
         }

@@ -1,7 +1,6 @@
 //! What moves the bytes of a connection: polled by whoever uses the connection, so that a request and its answer wake no task
 //! besides the request's own, which for a small one cost as much as reading the answer.
 
-use std::fmt;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker};
 
@@ -15,15 +14,6 @@ pub(super) struct Driver {
     /// Nothing once it has ended, or is a task of its own.
     moving: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     drain: Drain,
-}
-
-impl fmt::Debug for Driver {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let own = self.moving.is_some();
-        f.debug_struct("Driver")
-            .field("own", &own)
-            .finish_non_exhaustive()
-    }
 }
 
 impl Driver {
@@ -59,12 +49,10 @@ impl Driver {
             if let Poll::Ready(brought) = looking() {
                 return Poll::Ready(brought);
             }
-            if let Some(moving) = &mut self.moving
-                && moving.as_mut().poll(cx).is_pending()
-            {
+            self.poll(cx);
+            if self.moving.is_some() {
                 return looking();
             }
-            self.moving = None;
         }
         poll(cx)
     }
