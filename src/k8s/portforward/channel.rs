@@ -20,6 +20,10 @@ use crate::k8s::portforward::websocket::WebSocket;
 /// that they are told of.
 const CUT: Duration = Duration::from_secs(1);
 
+/// How long an end of ours is held back while the application may have more to read than its socket takes: longer than anyone is
+/// likely to wait for, and not for ever, since a client that has left looks the same.
+const UNREAD: Duration = Duration::from_mins(10);
+
 /// When it is found out whether PINGs are answered, unless the pod speaks before: while the server can hardly be busy, and after
 /// a refusal, which bytes that the runtime has not read when it closes would take away.
 const FIRST: Duration = Duration::from_millis(250);
@@ -35,7 +39,8 @@ pub(super) struct Answers(Arc<AtomicBool>);
 /// The connection to one port of a pod, over an upgraded connection `S`.
 ///
 /// The protocol has no half-close: a Close ends both directions. Shutting down therefore only begins the end: the Close is sent
-/// once the pod has been silent for a second, or for thirty while an answer is awaited. Dropping it closes at once.
+/// once the pod has been silent for a second, for thirty while an answer is awaited, or for ten minutes while the application may
+/// have more to read than its socket takes. Dropping it closes at once.
 ///
 /// Errors have the kind that the container runtime's words mean, `ConnectionRefused` when no byte can have reached the
 /// application; `ConnectionAborted` where the port-forward broke or went silent. Silence is found out while somebody reads:
@@ -210,6 +215,8 @@ struct Life {
     sent: u64,
     heard: u64,
     read: u64,
+    /// When that was last found to be more than before.
+    read_at: Instant,
     /// How much was sent before a PING that was answered, and before one that is yet to be, with its number.
     proven: u64,
     asked: Option<(u64, u64)>,
@@ -234,6 +241,7 @@ impl Life {
             sent: 0,
             heard: 0,
             read: 0,
+            read_at: now,
             proven: 0,
             asked: None,
             ended_at: None,
@@ -284,9 +292,12 @@ impl Life {
     }
 
     fn closing_due(&self) -> Option<Instant> {
-        let awaits = self.sent > self.heard || self.may_be_unread();
-        let patience = if awaits { LINGER } else { CUT };
-        let close = |ended: Instant| ended.max(self.spoke_at) + patience;
+        let patience = match self.sent > self.heard {
+            _ if self.may_be_unread() => UNREAD,
+            true => LINGER,
+            false => CUT,
+        };
+        let close = |ended: Instant| ended.max(self.spoke_at).max(self.read_at) + patience;
         let closed = self
             .closed_at
             .map(|closed| closed.max(self.spoke_at) + ACTIVE_ANSWER);
@@ -323,7 +334,9 @@ impl Life {
     fn look(&mut self, reads: u64, answered: u64, answers: bool, now: Instant) -> Act {
         if let Some((_, sent)) = self.asked.take_if(|(number, _)| *number <= answered) {
             self.proven = sent;
-            self.read = self.read.max(sent);
+            if sent > self.read {
+                (self.read, self.read_at) = (sent, now);
+            }
         }
         let slept = now.saturating_duration_since(self.due) >= JUMP;
         if reads != self.reads {

@@ -143,6 +143,46 @@ async fn a_pod_that_never_answers_is_not_waited_for_without_end() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn our_end_waits_for_an_application_that_reads_slowly_and_for_its_answer() {
+    let (mut channel, mut server) = scene();
+    let server = TaskTracker::new().spawn(async move {
+        server.begin().await;
+        tokio::time::sleep(2 * LINGER).await;
+        server.take(2 * SWALLOWED).await;
+        server.idle(LINGER - Duration::from_secs(1)).await;
+        server.say("done").await;
+        let (first, _) = server.serve().await.unwrap();
+        assert_eq!(first, CLOSE);
+        server.send(CLOSE, &1000_u16.to_be_bytes()).await;
+    });
+    let asked = tokio::time::timeout(2 * FIRST, channel.read_u8()).await;
+    assert!(asked.is_err());
+    channel.write_all(&[0; 2 * SWALLOWED]).await.unwrap();
+    channel.shutdown().await.unwrap();
+    let (_, read) = end(&mut channel).await;
+    assert_eq!(read.unwrap(), "done");
+    server.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn our_end_does_not_wait_for_ever_for_an_application_that_never_reads() {
+    let (mut channel, mut server) = scene();
+    let server = TaskTracker::new().spawn(async move {
+        server.begin().await;
+        tokio::time::sleep(2 * UNREAD).await;
+        server
+    });
+    let asked = tokio::time::timeout(2 * FIRST, channel.read_u8()).await;
+    assert!(asked.is_err());
+    channel.write_all(&[0; 2 * SWALLOWED]).await.unwrap();
+    channel.shutdown().await.unwrap();
+    let (elapsed, read) = end(&mut channel).await;
+    assert_eq!(read.unwrap(), "");
+    assert!((UNREAD..UNREAD + QUIET).contains(&elapsed), "{elapsed:?}");
+    drop(server);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_server_that_falls_silent_is_given_up_in_time() {
     for (asks, most) in [(false, QUIET + ANSWER), (true, ACTIVE + ACTIVE_ANSWER)] {
         let (mut channel, mut server) = scene();
