@@ -99,9 +99,11 @@ define_components() {
   local controllers=(deployment replicaset statefulset daemonset job endpoints endpointslice serviceaccount
     root-ca-certificate-publisher namespace garbage-collector pod-garbage-collector node-lifecycle
     taint-eviction disruption clusterrole-aggregation)
+  # A node is waited for longer than an API server that says goodbye is away: else its pods count as not ready after that, now
+  # and then, depending on who of the two is heard first.
   define kube-controller-manager GOGC=50 "$kubernetes/kube-controller-manager" ${gates[kube-controller-manager]:+"${gates[kube-controller-manager]}"} \
     --kubeconfig="$state/kube-controller-manager.kubeconfig" --leader-elect=false --secure-port=0 \
-    --use-service-account-credentials=true --root-ca-file="$pki/ca.crt" \
+    --node-monitor-grace-period=5m --use-service-account-credentials=true --root-ca-file="$pki/ca.crt" \
     --service-account-private-key-file="$pki/service-account.key" \
     --controllers="$(IFS=, && echo "${controllers[*]/%/-controller}")"
 

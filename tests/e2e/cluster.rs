@@ -9,7 +9,7 @@ use std::time::SystemTime;
 
 use serde_json::Value;
 
-use crate::command::{Done, eventually, run, run_with_input};
+use crate::command::{Done, eventually, in_time, run, run_with_input};
 
 const BASE: &str = include_str!("../cluster/manifests/base.yaml");
 const RBAC: &str = include_str!("../cluster/manifests/rbac.yaml");
@@ -139,13 +139,17 @@ impl Namespace {
     pub(crate) async fn ready_endpoints(&self, service: &str, count: usize) {
         let label = format!("kubernetes.io/service-name={service}");
         let path = "jsonpath={.items[*].endpoints[*].conditions.ready}";
-        eventually(&format!("{count} endpoints of {service}"), async || {
+        let ready = async || {
             let done = self
                 .kubectl(&["get", "endpointslices", "-l", &label, "-o", path])
                 .await;
             done.succeeded().matches("true").count() == count
-        })
-        .await;
+        };
+        if !in_time(ready).await {
+            let kinds = "pods,endpointslices,events";
+            let found = self.kubectl(&["get", kinds, "-o", "wide"]).await.succeeded();
+            panic!("not {count} endpoints of {service}:\n{found}");
+        }
     }
 
     /// Lists the pods of an application that are not on their way out.

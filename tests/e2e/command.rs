@@ -81,11 +81,16 @@ pub(crate) async fn within<T>(limit: Duration, what: &str, future: impl Future<O
 }
 
 /// Waits until `condition` holds.
-pub(crate) async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
-    within(DEADLINE, what, async {
+pub(crate) async fn eventually(what: &str, condition: impl AsyncFnMut() -> bool) {
+    assert!(in_time(condition).await, "not within {DEADLINE:?}: {what}");
+}
+
+/// Waits until `condition` holds, and tells whether it came to that.
+pub(crate) async fn in_time(mut condition: impl AsyncFnMut() -> bool) -> bool {
+    let waiting = async {
         while !condition().await {
             tokio::time::sleep(POLL).await;
         }
-    })
-    .await;
+    };
+    tokio::time::timeout(DEADLINE, waiting).await.is_ok()
 }

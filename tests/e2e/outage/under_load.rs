@@ -8,7 +8,7 @@ use tokio::time::{Duration, Instant};
 use crate::client::fetch;
 use crate::command::{eventually, run};
 use crate::load::{Load, Tally};
-use crate::outage::{Ended, api_server_is_ready, kubelet_is_healthy};
+use crate::outage::{Ended, api_server_is_back, api_server_is_ready, kubelet_is_healthy};
 use crate::program::Proxy;
 use crate::rolling::Rolling;
 use crate::scene::Scene;
@@ -123,10 +123,12 @@ async fn a_load_survives_the_kubelet() {
 async fn a_load_survives_the_api_server() {
     let _scene = Scene::alone().await;
     outage("kill", "kube-apiserver", api_server_is_ready).await;
+    api_server_is_back().await;
 }
 
 #[tokio::test]
 async fn a_load_survives_an_api_server_that_says_goodbye() {
     let _scene = Scene::alone().await;
     outage("stop", "kube-apiserver", api_server_is_ready).await;
+    api_server_is_back().await;
 }
