@@ -6,8 +6,10 @@ use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
 use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, BufReader};
+use tokio::net::TcpStream;
 
 use crate::registry::PodRef;
 
@@ -16,6 +18,20 @@ pub trait Stream: AsyncBufRead + AsyncWrite + Send + Unpin {
     /// Returns what is known of those that go the same way. It may be asked when the stream itself is in use elsewhere.
     fn company(&self) -> Company {
         Company::default()
+    }
+
+    /// Sends what has come from `source`, without a copy in between. Resolves with how many bytes that was, 0 at the end of
+    /// `source`. `None`: there is no such way, or nothing to be gained by it now; it is to be written as usual.
+    ///
+    /// # Errors
+    /// Those of either side.
+    fn poll_send_from(
+        &mut self,
+        source: &mut TcpStream,
+        cx: &mut Context<'_>,
+    ) -> Option<Poll<io::Result<usize>>> {
+        let _ = (source, cx);
+        None
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Nothing is copied into buffers of a connection's own: what the pod sends is written to the socket from where the transport
 //! received it, and what the client sends passes through one buffer per thread, so that a quiet connection costs next to
-//! nothing and a busy one no allocation.
+//! nothing and a busy one no allocation. A transfer's bytes go straight to where the transport sends them from.
 
 use std::cell::RefCell;
 use std::future::poll_fn;
@@ -125,23 +125,13 @@ impl Relay {
                 }
                 return Poll::Ready(Ok(()));
             }
-            let read = SCRATCH.with_borrow_mut(|scratch| {
-                let mut buffer = ReadBuf::new(scratch);
-                ready!(Pin::new(&mut *client).poll_read(cx, &mut buffer))?;
-                let bytes = buffer.filled();
-                let sent = match Pin::new(&mut *pod).poll_write(cx, bytes) {
-                    Poll::Ready(sent) if !bytes.is_empty() => sent?,
-                    Poll::Ready(_) | Poll::Pending => 0,
-                };
-                self.carried.to_pod += sent as u64;
-                if let Some(rest) = bytes.get(sent..)
-                    && !rest.is_empty()
-                {
-                    self.pending = SPARES.with_borrow_mut(|spares| spares.pop().unwrap_or_default());
-                    self.pending.extend_from_slice(rest);
-                }
-                Poll::Ready(Ok::<_, io::Error>(bytes.len()))
-            });
+            let read = match pod.poll_send_from(client, cx) {
+                Some(sent) => sent.map_ok(|sent| {
+                    self.carried.to_pod += sent as u64;
+                    sent
+                }),
+                None => self.poll_pass(client, pod, cx),
+            };
             let Poll::Ready(read) = read else {
                 // What was taken leaves although nothing comes that would take it along.
                 let _ = Pin::new(&mut *pod).poll_flush(cx)?;
@@ -149,6 +139,32 @@ impl Relay {
             };
             self.client_ended = read? == 0;
         }
+    }
+
+    /// Reads from the client, and writes to the pod what it takes at once. Resolves with how much the client had sent.
+    fn poll_pass(
+        &mut self,
+        client: &mut TcpStream,
+        pod: &mut BoxStream,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<usize>> {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut buffer = ReadBuf::new(scratch);
+            ready!(Pin::new(&mut *client).poll_read(cx, &mut buffer))?;
+            let bytes = buffer.filled();
+            let sent = match Pin::new(&mut *pod).poll_write(cx, bytes) {
+                Poll::Ready(sent) if !bytes.is_empty() => sent?,
+                Poll::Ready(_) | Poll::Pending => 0,
+            };
+            self.carried.to_pod += sent as u64;
+            if let Some(rest) = bytes.get(sent..)
+                && !rest.is_empty()
+            {
+                self.pending = SPARES.with_borrow_mut(|spares| spares.pop().unwrap_or_default());
+                self.pending.extend_from_slice(rest);
+            }
+            Poll::Ready(Ok(bytes.len()))
+        })
     }
 
     /// Gives back the buffer of what was waiting, so that a quiet connection has none.

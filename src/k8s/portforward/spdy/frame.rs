@@ -334,29 +334,31 @@ fn text(out: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
     put(out, at, &length.to_be_bytes());
 }
 
-/// Writes one DATA frame with the first `length` bytes of `parts`.
-///
-/// # Panics
-/// If that is more than [`MAX_PAYLOAD`].
+/// Writes one DATA frame with the first `length` bytes of `parts`, at most [`MAX_PAYLOAD`].
+#[cfg(any(test, feature = "internals"))]
 pub(super) fn data(out: &mut Vec<u8>, stream: u32, parts: &[IoSlice<'_>], length: usize) {
-    assert!(length <= MAX_PAYLOAD, "a frame of {length} bytes");
-    let start = out.len();
     out.reserve(HEAD + length);
-    out.extend_from_slice(&stream.to_be_bytes());
-    out.extend_from_slice(&[0; 4]);
-    extend(out, start, parts, length);
+    let start = begin_data(out, stream);
+    payload(out, parts, length);
+    finish(out, start);
 }
 
-/// Makes the DATA frame that begins at `start`, the last one, longer by the first `length` bytes of `parts`; together at most
-/// [`MAX_PAYLOAD`].
-pub(super) fn extend(out: &mut Vec<u8>, start: usize, parts: &[IoSlice<'_>], length: usize) {
+/// Writes the head of a DATA frame, whose payload is to follow. Returns where the frame begins, for [`finish`].
+pub(super) fn begin_data(out: &mut Vec<u8>, stream: u32) -> usize {
+    let start = out.len();
+    out.extend_from_slice(&stream.to_be_bytes());
+    out.extend_from_slice(&[0; 4]);
+    start
+}
+
+/// Writes the first `length` bytes of `parts`.
+pub(super) fn payload(out: &mut Vec<u8>, parts: &[IoSlice<'_>], length: usize) {
     let mut left = length;
     for part in parts {
         let (taken, _) = part.split_at(left.min(part.len()));
         out.extend_from_slice(taken);
         left -= taken.len();
     }
-    finish(out, start);
 }
 
 /// Writes an empty DATA frame that ends our half of a stream.
@@ -400,10 +402,15 @@ fn control(out: &mut Vec<u8>, kind: u16, flags: u8) {
     out.extend_from_slice(&[flags, 0, 0, 0]);
 }
 
-/// Fills in the length of the frame that begins at `start` and ends here.
-fn finish(out: &mut [u8], start: usize) {
-    let length = u32::try_from(out.len() - start - HEAD).expect("checked by the callers");
-    let [_, high, middle, low] = length.to_be_bytes();
+/// Fills in the length of the frame that begins at `start` and ends here. A DATA frame that is the last one may grow and be
+/// finished again.
+///
+/// # Panics
+/// If the payload is more than [`MAX_PAYLOAD`].
+pub(super) fn finish(out: &mut [u8], start: usize) {
+    let length = out.len() - start - HEAD;
+    assert!(length <= MAX_PAYLOAD, "a frame of {length} bytes");
+    let [_, high, middle, low] = (length as u32).to_be_bytes();
     put(out, start + 5, &[high, middle, low]);
 }
 

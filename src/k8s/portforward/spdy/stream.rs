@@ -6,12 +6,18 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
+use bytes::BufMut as _;
 use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
 use tokio::time::Instant;
+use tokio_util::io::poll_read_buf;
 
 use crate::k8s::portforward::spdy::Shared;
 use crate::k8s::portforward::spdy::chunks::Chunk;
 use crate::transport::{Company, Stream};
+
+/// How much of a client's is received at once where it goes straight into a frame.
+const RECEIVE: usize = 256 << 10;
 
 /// A byte stream to a pod's port. It is opened when it is first used.
 ///
@@ -48,6 +54,20 @@ impl Stream for PodStream {
     fn company(&self) -> Company {
         let (shared, key) = (self.shared.clone(), self.key);
         Company::new(move || shared.lock().has_transfer_beside(key, Instant::now()))
+    }
+
+    fn poll_send_from(
+        &mut self,
+        source: &mut TcpStream,
+        cx: &mut Context<'_>,
+    ) -> Option<Poll<io::Result<usize>>> {
+        let (key, now) = (self.key, Instant::now());
+        self.shared.with(|state| {
+            state.poll_append(key, now, cx, |out, room, cx| {
+                out.reserve(room.min(RECEIVE));
+                poll_read_buf(Pin::new(source), cx, &mut out.limit(room))
+            })
+        })
     }
 }
 

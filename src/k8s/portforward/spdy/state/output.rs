@@ -71,11 +71,43 @@ impl State {
             self.begin(key, now);
             self.place_waiting(now);
         }
-        let shared = self.is_shared();
-        let entry = self.connections.get_mut(key).expect("its stream holds it");
+        let entry = self.connections.get(key).expect("its stream holds it");
         if entry.unheard() < TRANSFER {
             self.other = Some((key, now + BULK_SPAN));
         }
+        self.append(key, now, cx, |out, room, _| {
+            let sent = length.min(room);
+            frame::payload(out, parts, sent);
+            Poll::Ready(Ok(sent))
+        })
+    }
+
+    /// Lets `append` add to what a transfer sends, where it goes out from, at most so many bytes; where it adds none, nothing has
+    /// happened. `None` leaves all others to [`poll_write`](Self::poll_write), which opens connections.
+    pub(in crate::k8s::portforward::spdy) fn poll_append(
+        &mut self,
+        key: usize,
+        now: Instant,
+        cx: &mut Context<'_>,
+        append: impl FnOnce(&mut Vec<u8>, usize, &mut Context<'_>) -> Poll<io::Result<usize>>,
+    ) -> Option<Poll<io::Result<usize>>> {
+        let entry = self.connections.get(key).expect("its stream holds it");
+        let writable = entry.place.is_some()
+            && entry.failure.is_none()
+            && (entry.data, entry.error, entry.ours) == (Half::Open, Half::Open, Ours::Open);
+        (writable && entry.unheard() >= TRANSFER).then(|| self.append(key, now, cx, append))
+    }
+
+    /// The same for any connection that may be written to.
+    fn append(
+        &mut self,
+        key: usize,
+        now: Instant,
+        cx: &mut Context<'_>,
+        append: impl FnOnce(&mut Vec<u8>, usize, &mut Context<'_>) -> Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        let shared = self.is_shared();
+        let entry = self.connections.get_mut(key).expect("its stream holds it");
         let place = match entry.place {
             Some(place) if !entry.hold => place,
             _ => return self.wait(key, false, cx),
@@ -96,14 +128,22 @@ impl State {
             }
             return self.wait(key, true, cx);
         }
-        let sent = length.min(room);
+        let start = match begun {
+            Some((_, start, _)) => start,
+            None => frame::begin_data(&mut self.out, place.id),
+        };
+        let sent = match append(&mut self.out, room, cx) {
+            Poll::Ready(Ok(sent @ 1..)) => sent,
+            nothing => {
+                self.out.truncate(end);
+                return nothing;
+            }
+        };
         trace!(stream = place.id, bytes = sent, "DATA to be sent");
-        let start = begun.map_or(end, |(_, start, _)| start);
+        frame::finish(&mut self.out, start);
         if begun.is_some() {
-            frame::extend(&mut self.out, start, parts, sent);
             self.workers.grown(place.class, sent);
         } else {
-            frame::data(&mut self.out, place.id, parts, sent);
             entry.last_payload = self.workers.sent_payload(place.class, sent);
         }
         self.last_data = Some((place.id, start, self.out.len()));

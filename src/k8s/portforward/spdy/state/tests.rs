@@ -194,6 +194,40 @@ fn kind(result: Option<io::Result<usize>>) -> io::ErrorKind {
 }
 
 #[test]
+fn a_transfer_adds_to_its_frame_what_has_come_and_nothing_is_written_where_nothing_has() {
+    let mut scene = Scene::new();
+    let key = scene.open(80);
+    let add = |scene: &mut Scene, came: Poll<usize>| {
+        let mut cx = Context::from_waker(Waker::noop());
+        let append = |out: &mut Vec<u8>, room: usize, _: &mut Context<'_>| {
+            came.map(|came| {
+                assert!(came <= room);
+                out.extend(vec![7; came]);
+                Ok(came)
+            })
+        };
+        let added = scene.state.poll_append(key, scene.now, &mut cx, append);
+        added.map(|added| added.map(Result::unwrap))
+    };
+    assert_eq!(add(&mut scene, Poll::Ready(1)), None, "it is not open");
+    let mut sent = 0;
+    while sent < TRANSFER {
+        assert_eq!(add(&mut scene, Poll::Ready(1)), None, "it is no transfer yet");
+        sent += scene.write(key, 1 << 20).expect("room").unwrap();
+        scene.answer_pings();
+    }
+    for nothing in [Poll::Pending, Poll::Ready(0)] {
+        assert_eq!(add(&mut scene, nothing), Some(nothing));
+        assert_eq!(scene.written(), []);
+    }
+    for came in [10, 20] {
+        assert_eq!(add(&mut scene, Poll::Ready(came)), Some(Poll::Ready(came)));
+        assert_eq!(add(&mut scene, Poll::Pending), Some(Poll::Pending));
+    }
+    assert_eq!(scene.written()[0], Wrote::Data(scene.id(key), 30));
+}
+
+#[test]
 fn a_connection_and_its_first_bytes_leave_in_one_batch() {
     let mut scene = Scene::new();
     let key = scene.open(80);
