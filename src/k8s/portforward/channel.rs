@@ -292,10 +292,12 @@ impl Life {
     }
 
     fn closing_due(&self) -> Option<Instant> {
-        let patience = match self.sent > self.heard {
-            _ if self.may_be_unread() => UNREAD,
-            true => LINGER,
-            false => CUT,
+        let patience = if self.may_be_unread() {
+            UNREAD
+        } else if self.sent > self.heard {
+            LINGER
+        } else {
+            CUT
         };
         let close = |ended: Instant| ended.max(self.spoke_at).max(self.read_at) + patience;
         let closed = self
