@@ -42,22 +42,23 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for BufReader<T> {}
 pub struct Company(Option<Arc<dyn Fn() -> bool + Send + Sync>>);
 
 impl Company {
-    /// `is_bulk` tells whether others transfer so much at the moment that a stream may have to wait for them.
-    pub(crate) fn new(is_bulk: impl Fn() -> bool + Send + Sync + 'static) -> Self {
-        Self(Some(Arc::new(is_bulk)))
+    /// `in_the_way` tells whether a stream may have to wait for others at the moment.
+    pub(crate) fn new(in_the_way: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        Self(Some(Arc::new(in_the_way)))
     }
 
-    /// Tells whether others transfer so much at the moment that the stream may have to wait for them; a new one may do better.
+    /// Tells whether others transfer so much at the moment, or leave so much unread, that the stream may have to wait for them; a
+    /// new one may do better.
     #[must_use]
-    pub fn is_bulk(&self) -> bool {
-        self.0.as_ref().is_some_and(|is_bulk| is_bulk())
+    pub fn is_in_the_way(&self) -> bool {
+        self.0.as_ref().is_some_and(|in_the_way| in_the_way())
     }
 }
 
 impl fmt::Debug for Company {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Company")
-            .field("is_bulk", &self.is_bulk())
+            .field("is_in_the_way", &self.is_in_the_way())
             .finish()
     }
 }

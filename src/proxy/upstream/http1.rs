@@ -197,7 +197,7 @@ impl Pool {
     pub(super) fn put(&self, connection: Connection) {
         let mut state = lock(&self.state);
         let served = (1..=state.opening).contains(&state.waiting.len());
-        if served && self.may_do_better(&state) && connection.company.is_bulk() {
+        if served && self.may_do_better(&state) && connection.company.is_in_the_way() {
             // Those who wait get a better one.
             state.keep(connection);
         } else {
@@ -304,7 +304,8 @@ impl State {
     /// better one.
     fn take_idle(&mut self, better: bool) -> Option<Connection> {
         loop {
-            let fits = |(connection, _): &(Connection, Instant)| !better || !connection.company.is_bulk();
+            let fits =
+                |(connection, _): &(Connection, Instant)| !better || !connection.company.is_in_the_way();
             let index = self.idle.iter().rposition(fits)?;
             let (mut connection, _) = self.idle.remove(index)?;
             if connection.is_alive(&mut Context::from_waker(Waker::noop())) {
@@ -379,7 +380,7 @@ impl Opening {
             let mut state = lock(&self.pool.state);
             if opened
                 .as_ref()
-                .map_or(true, |connection| connection.company.is_bulk())
+                .map_or(true, |connection| connection.company.is_in_the_way())
             {
                 state.futile_until = Some(Instant::now() + FUTILE);
                 state.hand_over_all();

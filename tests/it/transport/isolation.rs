@@ -63,6 +63,19 @@ impl Scene {
     }
 }
 
+/// Waits until more than `least` has moved, and no more does: for longer than a busy machine leaves anybody without a turn.
+async fn until_stalled(least: u64, moved: impl Fn() -> u64) {
+    const LOOKS: usize = 40;
+    let (mut before, mut same) = (0, 0);
+    eventually("it stalls", || {
+        let now = moved();
+        same = if now == before { same + 1 } else { 0 };
+        before = now;
+        same >= LOOKS && now > least
+    })
+    .await;
+}
+
 /// Asks for something over a connection to the pod, and waits for the first byte of the answer.
 async fn ask(stream: &mut BoxStream, path: &str) {
     let request = format!("GET {path} HTTP/1.1\r\nHost: {WEB}\r\n\r\n");
@@ -105,14 +118,8 @@ async fn readers_that_stall_do_not_touch_what_was_opened_at_the_same_moment() {
         ask(stalled, "/bytes/1099511627776").await;
     }
     // What they do not read has stopped them all: it is more than a session holds.
-    let (forwards, mut before) = (cluster.forwards(), 0);
-    eventually("the downloads stall", || {
-        let now = forwards.counts().bytes_from_pods;
-        let stands = now == before && now > (STALLED << 20) as u64;
-        before = now;
-        stands
-    })
-    .await;
+    let forwards = cluster.forwards();
+    until_stalled((STALLED << 20) as u64, || forwards.counts().bytes_from_pods).await;
     for _ in 0..50 {
         tokio::time::timeout(PATIENCE, ask(&mut lively, "/"))
             .await
@@ -150,14 +157,7 @@ async fn no_request_takes_a_connection_that_a_transfer_holds_up_while_there_may_
         .await
         .send(get(WEB, "/bytes/1073741824"))
         .await;
-    let mut before = 0;
-    eventually("the download stalls", || {
-        let now = scene.bytes_from_pods();
-        let stands = now == before && now > 4 << 20;
-        before = now;
-        stands
-    })
-    .await;
+    until_stalled(4 << 20, || scene.bytes_from_pods()).await;
     let mut requests = JoinSet::new();
     for _ in 0..CROWD {
         let address = scene.app.address;

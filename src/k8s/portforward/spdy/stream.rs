@@ -53,7 +53,7 @@ impl PodStream {
 impl Stream for PodStream {
     fn company(&self) -> Company {
         let (shared, key) = (self.shared.clone(), self.key);
-        Company::new(move || shared.lock().has_transfer_beside(key, Instant::now()))
+        Company::new(move || shared.lock().is_in_the_way_of(key, Instant::now()))
     }
 
     fn poll_send_from(

@@ -338,6 +338,7 @@ fn what_waits_behind_an_application_that_does_not_read_is_given_up_in_the_end() 
         scene.data(neighbour, 1);
         scene.read(neighbour);
     }
+    assert!(scene.state.is_in_the_way_of(behind[1], scene.now));
     assert_eq!(kind(scene.write(behind[0], 1)), io::ErrorKind::NotConnected);
     scene.read(behind[1]);
     assert!(
@@ -568,8 +569,8 @@ async fn a_transfer_that_waits_for_its_turn_stays_one() {
     let now = scene.now;
     assert!(!scene.is_open());
     assert!(scene.state.is_transfer(now));
-    assert!(scene.state.has_transfer_beside(idle, now));
-    assert!(!scene.state.has_transfer_beside(transfer, now));
+    assert!(scene.state.is_in_the_way_of(idle, now));
+    assert!(!scene.state.is_in_the_way_of(transfer, now));
     scene.state.take_turn(now);
     assert!(!scene.is_open() && scene.state.is_transfer(now));
     // It finds nothing to move any more.

@@ -47,6 +47,21 @@ fn a_reader_that_goes_on_slowly_gives_way_to_a_neighbour_that_waits() {
 }
 
 #[test]
+fn a_reader_that_stalls_is_in_its_neighbours_way_until_it_goes_on() {
+    let (mut scene, keys) = shared(2);
+    let (stalled, other) = (keys[0], keys[1]);
+    scene.fill(stalled);
+    // It has long moved nothing, and looks like no transfer.
+    scene.pass(Duration::from_secs(4));
+    assert!(!scene.state.is_reading() && !scene.state.is_transfer(scene.now));
+    assert!(scene.state.is_in_the_way_of(other, scene.now));
+    assert!(!scene.state.is_in_the_way_of(stalled, scene.now));
+    while scene.read(stalled).is_some() {}
+    scene.pass(Duration::from_secs(2));
+    assert!(!scene.state.is_in_the_way_of(other, scene.now));
+}
+
+#[test]
 fn readers_that_pause_together_hold_up_nobody() {
     let (mut scene, keys) = shared(3);
     while scene.state.is_reading() {
