@@ -2,8 +2,8 @@
 
 mod fields;
 
-use std::cell::Cell;
-use std::fmt;
+use std::cell::{Cell, RefCell};
+use std::fmt::{self, Write as _};
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::str::FromStr;
 use std::sync::mpsc;
@@ -119,6 +119,8 @@ pub struct Config {
 thread_local! {
     /// How long ago what this thread logs has happened.
     static AGE: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+    /// The second in which that was, and how it is written: most lines of a busy proxy share it with the one before.
+    static SECOND: RefCell<(i64, String)> = const { RefCell::new((i64::MIN, String::new())) };
 }
 
 /// Lets `log` log what happened so long ago.
@@ -134,8 +136,20 @@ struct Rfc3339;
 
 impl FormatTime for Rfc3339 {
     fn format_time(&self, w: &mut Writer<'_>) -> fmt::Result {
-        write!(w, "{:.3}", jiff::Timestamp::now() - AGE.get())
+        write_time(jiff::Timestamp::now() - AGE.get(), w)
     }
+}
+
+fn write_time(time: jiff::Timestamp, w: &mut Writer<'_>) -> fmt::Result {
+    SECOND.with_borrow_mut(|(second, written)| {
+        if *second != time.as_second() {
+            written.clear();
+            write!(written, "{time:.0}")?;
+            *second = time.as_second();
+        }
+        w.write_str(written.strip_suffix('Z').unwrap_or(written))
+    })?;
+    write!(w, ".{:03}Z", time.subsec_millisecond())
 }
 
 /// How many lines wait while stderr is not being read; more are lost.
@@ -290,6 +304,23 @@ mod tests {
             before <= late + age && late + age <= after,
             "{before} {late} {after}"
         );
+    }
+
+    #[test]
+    fn a_time_is_written_in_full_whatever_was_written_before() {
+        for (nanoseconds, expected) in [
+            (0, "1970-01-01T00:00:00.000Z"),
+            (1_795_873_625_987_999_999, "2026-11-28T13:47:05.987Z"),
+            (1_795_873_625_004_000_000, "2026-11-28T13:47:05.004Z"),
+            (1_795_873_626_000_000_000, "2026-11-28T13:47:06.000Z"),
+        ] {
+            let (time, mut text) = (
+                jiff::Timestamp::from_nanosecond(nanoseconds).unwrap(),
+                String::new(),
+            );
+            write_time(time, &mut Writer::new(&mut text)).unwrap();
+            assert_eq!(text, expected);
+        }
     }
 
     #[test]

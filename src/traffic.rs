@@ -1,6 +1,7 @@
 //! What happened to each request: one [`AccessRecord`], filled on the way and emitted soon after it is dropped, so that no path
 //! can forget it. Log, metrics and dashboard all have it from here.
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -292,10 +293,28 @@ impl AccessRecord {
             connection = self.reused.map(|reused| if reused { "reused" } else { "new" }),
             flag = self.shown_flag(),
             reason = self.reason,
-            client = %self.client,
+            client = %Address(self.client),
             request = self.request,
             "access",
         );
+    }
+}
+
+/// An address as the library shows it, which for IPv4 takes as much time as all other numbers of a record together.
+struct Address(SocketAddr);
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let SocketAddr::V4(address) = self.0 else {
+            return self.0.fmt(f);
+        };
+        let mut digits = itoa::Buffer::new();
+        for (octet, separator) in address.ip().octets().into_iter().zip(["", ".", ".", "."]) {
+            f.write_str(separator)?;
+            f.write_str(digits.format(octet))?;
+        }
+        f.write_str(":")?;
+        f.write_str(digits.format(address.port()))
     }
 }
 
@@ -361,6 +380,19 @@ mod tests {
             Method::GET,
             "/".to_owned(),
         )
+    }
+
+    #[test]
+    fn an_address_is_shown_as_the_library_shows_it() {
+        for address in [
+            "127.0.0.1:80",
+            "255.0.10.199:65535",
+            "[::1]:8080",
+            "[fe80::1%3]:1",
+        ] {
+            let address: SocketAddr = address.parse().unwrap();
+            assert_eq!(Address(address).to_string(), address.to_string());
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
-use http::HeaderMap;
+use http::header::{HeaderMap, HeaderName};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio_util::sync::DropGuard;
@@ -19,6 +19,8 @@ use crate::traffic::{OpenRecord, Outcome};
 
 /// The error of a body, whatever its source.
 pub(crate) type BoxError = Box<dyn StdError + Send + Sync>;
+
+const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
 /// How many pieces of a body that nobody wants are taken from the HTTP library, which holds one or two.
 const LEFTOVERS: usize = 4;
@@ -231,5 +233,5 @@ impl Body for ResponseBody {
 /// Reads `grpc-status` from headers or trailers.
 #[must_use]
 pub(crate) fn grpc_status(headers: &HeaderMap) -> Option<String> {
-    Some(headers.get("grpc-status")?.to_str().ok()?.to_owned())
+    Some(headers.get(GRPC_STATUS)?.to_str().ok()?.to_owned())
 }

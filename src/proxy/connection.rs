@@ -3,7 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,6 +16,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsAcceptor;
 use tracing::{debug, info};
 
+use crate::name::{Authority, NameError, Naming};
 use crate::proxy::Context;
 use crate::proxy::admission::Admitted;
 use crate::proxy::detect::{self, Prefixed, Protocol};
@@ -57,6 +58,8 @@ pub(super) struct Downstream {
     pub(super) reset: Reset,
     /// The stream below HTTP/1.1; of no meaning to requests over HTTP/2.
     pub(super) front: Arc<Front>,
+    /// The authority that its last request named, and what that means: the next one nearly always names the same.
+    named: Mutex<Option<(Box<str>, Authority)>>,
     /// Counts it for as long as anything of it lives, if it came to a listener.
     _admitted: Option<Admitted>,
 }
@@ -86,6 +89,22 @@ impl Downstream {
         }
     }
 
+    /// Reads the authority of a request.
+    ///
+    /// # Errors
+    /// As [`Naming::parse`].
+    pub(super) fn read_authority(&self, naming: &Naming, authority: &str) -> Result<Authority, NameError> {
+        let mut named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((last, meaning)) = &*named
+            && **last == *authority
+        {
+            return Ok(meaning.clone());
+        }
+        let meaning = naming.parse(authority)?;
+        *named = Some((authority.into(), meaning.clone()));
+        Ok(meaning)
+    }
+
     /// The port that a request means when it names none.
     pub(super) fn default_port(&self) -> u16 {
         match self.security {
@@ -113,6 +132,7 @@ where
             reset,
             security: Security::Cleartext,
             front: Arc::default(),
+            named: Mutex::default(),
             _admitted: admitted,
         };
         serve_http(context, protocol, stream, downstream).await;
@@ -174,6 +194,7 @@ where
         reset,
         security: Security::Tls { alpn },
         front: Arc::default(),
+        named: Mutex::default(),
         _admitted: admitted,
     };
     match agreed {

@@ -36,20 +36,22 @@ const SETTINGS_FIELD: HeaderName = HeaderName::from_static("http2-settings");
 /// carry. Any other request is answered over HTTP/1.1, as a server may, and there with an error if it deserves one.
 pub(super) fn is_asked_for<B: Body>(request: &Request<B>) -> bool {
     let fields = request.headers();
-    let mut settings = fields.get_all(SETTINGS_FIELD).iter();
     let valid = |value: &HeaderValue| {
         // A list of settings, six bytes each.
         URL_SAFE_NO_PAD
             .decode(value.as_bytes())
             .is_ok_and(|payload| payload.len() % 6 == 0)
     };
+    let has_settings = || {
+        let mut settings = fields.get_all(SETTINGS_FIELD).iter();
+        settings.next().is_some_and(valid) && settings.next().is_none()
+    };
     // In a request of HTTP/1.0 an Upgrade means nothing (RFC 9110 section 7.8).
     request.version() == Version::HTTP_11
         && headers::lists(fields, UPGRADE, "h2c")
         && headers::lists(fields, CONNECTION, "upgrade")
         && headers::lists(fields, CONNECTION, SETTINGS_FIELD.as_str())
-        && settings.next().is_some_and(valid)
-        && settings.next().is_none()
+        && has_settings()
         && request.body().is_end_stream()
         && headers::authority(request).is_ok_and(|authority| authority.parse::<Authority>().is_ok())
 }

@@ -115,7 +115,7 @@ async fn dispatch(
     record: &mut AccessRecord,
 ) -> Result<By, Error> {
     let zone = || context.naming.zone.to_string();
-    let Authority { host, port } = context.naming.parse(&record.authority)?;
+    let Authority { host, port } = downstream.read_authority(&context.naming, &record.authority)?;
     match host {
         Host::Service { service, hostname } => {
             record.service = Some(service.clone());

@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Names one pod, in this incarnation.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PodRef {
     /// The pod's namespace.
     pub namespace: Arc<str>,
@@ -15,6 +16,18 @@ pub struct PodRef {
     pub name: Arc<str>,
     /// The object's UID: a pod that comes back under the same name is another one. Empty where the source has none.
     pub uid: Arc<str>,
+}
+
+impl Hash for PodRef {
+    /// By the UID alone where there is one: no two pods share it, and every request looks up what is known of its pod.
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let distinct = if self.uid.is_empty() {
+            &self.name
+        } else {
+            &self.uid
+        };
+        distinct.hash(state);
+    }
 }
 
 impl fmt::Display for PodRef {

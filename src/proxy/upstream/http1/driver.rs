@@ -2,8 +2,11 @@
 //! besides the request's own, which for a small one cost as much as reading the answer.
 
 use std::pin::{Pin, pin};
-use std::task::{Context, Poll, Waker};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
 
+use futures_util::task::AtomicWaker;
 use tokio::runtime::Handle;
 use tokio::task::coop::unconstrained;
 
@@ -13,22 +16,52 @@ use crate::drain::Drain;
 pub(super) struct Driver {
     /// Nothing once it has ended, or is a task of its own.
     moving: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+    /// What the future wakes, and that as the future sees it.
+    bell: Arc<Bell>,
+    waker: Waker,
     drain: Drain,
+}
+
+/// Wakes whoever polled last.
+#[derive(Default)]
+struct Bell {
+    user: AtomicWaker,
+    /// Whether the user is about to look at what there is anyway.
+    muted: AtomicBool,
+}
+
+impl Wake for Bell {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        if !self.muted.load(Ordering::Relaxed) {
+            self.user.wake();
+        }
+    }
 }
 
 impl Driver {
     /// Takes the future, which becomes a task of `drain` when nobody is there to poll it.
     pub(super) fn new(moving: impl Future<Output = ()> + Send + 'static, drain: &Drain) -> Self {
+        let bell = Arc::<Bell>::default();
         Self {
             moving: Some(Box::pin(moving)),
+            waker: bell.clone().into(),
+            bell,
             drain: drain.clone(),
         }
     }
 
     /// Moves what can be moved now.
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) {
-        if let Some(moving) = &mut self.moving
-            && moving.as_mut().poll(cx).is_ready()
+        let Some(moving) = &mut self.moving else { return };
+        self.bell.user.register(cx.waker());
+        if moving
+            .as_mut()
+            .poll(&mut Context::from_waker(&self.waker))
+            .is_ready()
         {
             self.moving = None;
         }
@@ -46,8 +79,12 @@ impl Driver {
                 let looking = pin!(unconstrained(std::future::poll_fn(&mut poll)));
                 looking.poll(&mut Context::from_waker(Waker::noop()))
             };
-            if let Poll::Ready(brought) = looking() {
-                return Poll::Ready(brought);
+            // Looking may tell the future that somebody wants something. It is polled next, or when there is a next look.
+            self.bell.muted.store(true, Ordering::Relaxed);
+            let brought = looking();
+            self.bell.muted.store(false, Ordering::Relaxed);
+            if brought.is_ready() {
+                return brought;
             }
             self.poll(cx);
             if self.moving.is_some() {
@@ -76,9 +113,7 @@ impl Drop for Driver {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::task::Wake;
+    use std::sync::atomic::AtomicUsize;
     use std::time::Duration;
 
     use tokio::sync::oneshot;
@@ -88,9 +123,9 @@ mod tests {
 
     /// Counts how often it was rung.
     #[derive(Default)]
-    struct Bell(AtomicUsize);
+    struct Counter(AtomicUsize);
 
-    impl Wake for Bell {
+    impl Wake for Counter {
         fn wake(self: Arc<Self>) {
             self.0.fetch_add(1, Ordering::Relaxed);
         }
@@ -106,7 +141,7 @@ mod tests {
             std::future::pending::<()>().await;
         };
         let mut driver = Driver::new(moving, &Drain::new());
-        let bell = Arc::new(Bell::default());
+        let bell = Arc::new(Counter::default());
         let waker = bell.clone().into();
         let mut cx = Context::from_waker(&waker);
         let mut poll = || driver.poll_for(&mut cx, |cx| Pin::new(&mut brought).poll(cx));
@@ -115,6 +150,40 @@ mod tests {
         assert_eq!(bell.0.load(Ordering::Relaxed), 1, "woken for what has arrived");
         assert_eq!(poll(), Poll::Ready(Ok(1)));
         assert_eq!(bell.0.load(Ordering::Relaxed), 1, "and not for what that brings");
+    }
+
+    #[tokio::test]
+    async fn a_look_that_is_followed_by_a_poll_wakes_nobody_and_one_after_it_does() {
+        let wanted = Arc::new(AtomicWaker::new());
+        let moving = {
+            let wanted = wanted.clone();
+            std::future::poll_fn(move |cx| {
+                wanted.register(cx.waker());
+                Poll::Pending
+            })
+        };
+        let mut driver = Driver::new(moving, &Drain::new());
+        let bell = Arc::new(Counter::default());
+        let waker = bell.clone().into();
+        let mut cx = Context::from_waker(&waker);
+        driver.poll(&mut cx);
+        let mut looks = 0;
+        let _ = driver.poll_for(&mut cx, |_| {
+            looks += 1;
+            if looks == 1 {
+                wanted.wake();
+            }
+            Poll::<()>::Pending
+        });
+        assert_eq!((looks, bell.0.load(Ordering::Relaxed)), (2, 0));
+        let _ = driver.poll_for(&mut cx, |_| {
+            looks += 1;
+            if looks == 4 {
+                wanted.wake();
+            }
+            Poll::<()>::Pending
+        });
+        assert_eq!((looks, bell.0.load(Ordering::Relaxed)), (4, 1));
     }
 
     #[tokio::test]
