@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use rustls::ServerConfig;
-use rustls::crypto::ring;
+use rustls::crypto::aws_lc_rs;
 use rustls::server::ServerSessionMemoryCache;
 
 pub use authority::CertificateAuthority;
@@ -56,12 +56,12 @@ pub enum Error {
 /// [`Error::Library`] or [`Error::Issue`].
 pub fn server_config(authority: CertificateAuthority) -> Result<Arc<ServerConfig>, Error> {
     let leaves = Leaves::new(authority)?;
-    let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+    let mut config = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
         .with_safe_default_protocol_versions()?
         .with_no_client_auth()
         .with_cert_resolver(Arc::new(leaves));
     config.alpn_protocols = ALPN.map(<[u8]>::to_vec).into();
     config.session_storage = ServerSessionMemoryCache::new(SESSIONS);
-    config.ticketer = ring::Ticketer::new()?;
+    config.ticketer = aws_lc_rs::Ticketer::new()?;
     Ok(Arc::new(config))
 }

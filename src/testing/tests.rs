@@ -23,7 +23,7 @@ const DEADLINE: Duration = Duration::from_secs(20);
 /// A client from a kubeconfig text.
 async fn client_from(kubeconfig: &str) -> Client {
     // Another test may have been first.
-    let _ = rustls::crypto::ring::default_provider().install_default();
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let kubeconfig = Kubeconfig::from_yaml(kubeconfig).unwrap();
     let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
         .await

@@ -72,7 +72,7 @@ impl Front {
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_file(proxy.certificate())?)?;
         let mut config =
-            ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
                 .with_safe_default_protocol_versions()?
                 .with_root_certificates(roots)
                 .with_no_client_auth();

@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, LazyLock};
 
-use rustls::crypto::ring;
+use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::server::Acceptor;
@@ -25,7 +25,7 @@ static CLIENT: LazyLock<Arc<ClientConfig>> = LazyLock::new(|| {
     roots
         .add(authority)
         .expect("the authority's certificate is valid");
-    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+    let config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
         .with_safe_default_protocol_versions()
         .expect("the library knows its own versions");
     Arc::new(config.with_root_certificates(roots).with_no_client_auth())
