@@ -47,8 +47,8 @@ impl Company {
         Self(Some(Arc::new(in_the_way)))
     }
 
-    /// Tells whether others transfer so much at the moment, or leave so much unread, that the stream may have to wait for them; a
-    /// new one may do better.
+    /// Tells whether the stream may have to wait for others at the moment: for their transfers, for a reader that stalls, or for an
+    /// application that does. A new one may do better.
     #[must_use]
     pub fn is_in_the_way(&self) -> bool {
         self.0.as_ref().is_some_and(|in_the_way| in_the_way())

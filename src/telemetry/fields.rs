@@ -42,7 +42,7 @@ struct Plain {
     line: String,
     /// Whether nothing has been recorded; an empty message has.
     empty: bool,
-    /// The first failure; nothing is written after it.
+    /// The first failure, for which the line is not written.
     result: fmt::Result,
 }
 

@@ -44,8 +44,8 @@ const MAX_OPENING: usize = 16;
 const KEPT_IDLE: usize = 64;
 pub(super) const SURPLUS: Duration = Duration::from_secs(10);
 
-/// For how long nothing better is hoped for than a connection beside somebody's transfer, after a new one was no better, or did not
-/// come about: as long as a transfer counts as one.
+/// For how long nothing better is hoped for than a connection that others are in the way of, after a new one was no better, or did
+/// not come about: as long as a transfer counts as one.
 const FUTILE: Duration = Duration::from_secs(2);
 
 /// A connection, as its user sees it. Dropping it closes it.
@@ -128,7 +128,7 @@ struct State {
     waiting: VecDeque<Waiting>,
     /// How many connections are being opened.
     opening: usize,
-    /// Until when a new connection is not expected to be better than one beside a transfer.
+    /// Until when a new connection is not expected to be better than one that others are in the way of.
     futile_until: Option<Instant>,
     /// Wakes who looks after the idle connections, while nothing happens to them.
     keeper: Option<Waker>,
@@ -205,7 +205,7 @@ impl Pool {
         }
     }
 
-    /// Tells whether a new connection may be better than one beside a transfer.
+    /// Tells whether a new connection may be better than one that others are in the way of.
     fn may_do_better(&self, state: &State) -> bool {
         let futile = state.futile_until.is_some_and(|until| until > Instant::now());
         !futile && self.places.available_permits() > 0
@@ -300,8 +300,7 @@ impl State {
         true
     }
 
-    /// Takes the idle connection that was used last, without those that would wait for others' transfers if there may be a
-    /// better one.
+    /// Takes the idle connection that was used last, without those that others are in the way of if there may be a better one.
     fn take_idle(&mut self, better: bool) -> Option<Connection> {
         loop {
             let fits =

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Request, StatusCode};
 use http_body_util::{BodyExt, Full};
-use kube_tunnel::config::setting;
+use kube_tunnel::config::{Setting, setting};
 use kube_tunnel::drain::Drain;
 use kube_tunnel::k8s::{Carriers, Cluster, Config, PortForward, SlowReaders};
 use kube_tunnel::privileges::Account;
@@ -33,10 +33,13 @@ struct Scene {
 
 /// A pod with a crowd of idle connections to both of its ports, more on a session than the peer has workers.
 async fn scene(form: &str) -> Scene {
+    scene_with(&[(&setting::PORT_FORWARD, form)]).await
+}
+
+async fn scene_with(flags: &[(&'static Setting, &str)]) -> Scene {
     let cluster = FakeCluster::start().await.unwrap();
     let workload = pod(&cluster);
-    let flags = [(&setting::PORT_FORWARD, form)];
-    let app = TestApp::with(&cluster.kubeconfig(), &flags).await;
+    let app = TestApp::with(&cluster.kubeconfig(), flags).await;
     tokio::join!(warm_up(app.address, WEB, 32), warm_up(app.address, SIDE, 32));
     let counts = cluster.forwards().counts();
     assert!(
@@ -150,9 +153,12 @@ async fn others_go_on_beside_a_client_that_does_not_read() {
 #[tokio::test]
 async fn no_request_takes_a_connection_that_a_transfer_holds_up_while_there_may_be_another() {
     const CROWD: usize = 32;
-    // The session gives up a reader that holds up others after five seconds.
-    const SOON: Duration = Duration::from_secs(4);
-    let scene = scene("spdy").await;
+    // The session gives up no reader before the requests are answered, or given up.
+    let flags = [
+        (&setting::PORT_FORWARD, "spdy"),
+        (&setting::SLOW_READER_TIMEOUT, "10m"),
+    ];
+    let scene = scene_with(&flags).await;
     let unread = Client::http1(scene.app.address)
         .await
         .send(get(WEB, "/bytes/1073741824"))
@@ -161,7 +167,8 @@ async fn no_request_takes_a_connection_that_a_transfer_holds_up_while_there_may_
     let mut requests = JoinSet::new();
     for _ in 0..CROWD {
         let address = scene.app.address;
-        requests.spawn(async move { tokio::time::timeout(SOON, fetch(address, WEB, "/slow?ms=5")).await });
+        requests
+            .spawn(async move { tokio::time::timeout(PATIENCE, fetch(address, WEB, "/slow?ms=5")).await });
     }
     for reply in requests.join_all().await {
         assert_eq!(reply.expect("held up").status, StatusCode::OK);

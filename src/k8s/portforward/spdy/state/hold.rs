@@ -10,6 +10,9 @@ use tokio::time::Instant;
 use crate::k8s::portforward::spdy::entry::{Entry, Ours};
 use crate::k8s::portforward::spdy::state::{LARGE, State};
 
+/// Who takes nothing for so long, of what is there, is more than a moment late.
+const STALL: Duration = Duration::from_millis(100);
+
 /// What is borne of readers that do not keep up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SlowReaders {
@@ -187,13 +190,22 @@ impl State {
 
     /// Finds the connections whose readers leave much and have taken nothing for long.
     fn stopped(&self, now: Instant) -> Vec<usize> {
-        let stopped = |entry: &Entry| {
-            let idle = |at| now.duration_since(at) >= self.slow_readers.timeout;
-            is_used(entry) && entry.received.len() >= LARGE && entry.read_at.is_some_and(idle)
-        };
+        let stopped = |entry: &Entry| has_stopped(entry, self.slow_readers.timeout, now);
         let keys = self.connections.iter().filter(|(_, entry)| stopped(entry));
         keys.map(|(key, _)| key).collect()
     }
+
+    /// Tells whether the reader of another connection than this one keeps the session from being read, or is about to.
+    pub(super) fn has_staller_beside(&self, key: usize, now: Instant) -> bool {
+        let stalls = |(other, entry)| other != key && has_stopped(entry, STALL, now);
+        self.is_paused() && self.slowest() != Some(key) || self.connections.iter().any(stalls)
+    }
+}
+
+/// Tells whether a connection's reader leaves much and has taken nothing for `time`.
+fn has_stopped(entry: &Entry, time: Duration, now: Instant) -> bool {
+    let idle = |at| now.duration_since(at) >= time;
+    is_used(entry) && entry.received.len() >= LARGE && entry.read_at.is_some_and(idle)
 }
 
 /// Tells whether a connection has a user that may still get something.

@@ -7,7 +7,7 @@ use std::task::Context;
 use tokio::time::Instant;
 
 use crate::k8s::portforward::spdy::entry::Entry;
-use crate::k8s::portforward::spdy::state::{BULK_SPAN, RUN, State, TRANSFER};
+use crate::k8s::portforward::spdy::state::{BULK_SPAN, State, TRANSFER};
 
 impl State {
     /// Tells whether there are transfers, and nothing beside them that would have to wait for their turns.
@@ -19,14 +19,12 @@ impl State {
         self.stands_back || self.transfer_until.is_some_and(|until| until > now)
     }
 
-    /// Tells whether a connection may have to wait for others: for a transfer, for readers that leave so much that the session
-    /// may soon not be read any more, or for an application that keeps its worker.
+    /// Tells whether a connection may have to wait for others: for a transfer, for a reader that stalls, which may keep the session
+    /// from being read, or for an application that keeps its worker.
     pub(in crate::k8s::portforward::spdy) fn is_in_the_way_of(&self, key: usize, now: Instant) -> bool {
-        let own = self.connections.get(key);
-        let unread = self.backlog - own.map_or(0, |entry| entry.received.len());
-        let place = own.and_then(|entry| entry.place);
+        let place = self.connections.get(key).and_then(|entry| entry.place);
         self.has_transfer_beside(key, now)
-            || unread >= RUN
+            || self.has_staller_beside(key, now)
             || place.is_some_and(|place| self.workers.is_stuck(place.class, now))
     }
 

@@ -50,6 +50,13 @@ fn a_reader_that_goes_on_slowly_gives_way_to_a_neighbour_that_waits() {
 fn a_reader_that_stalls_is_in_its_neighbours_way_until_it_goes_on() {
     let (mut scene, keys) = shared(2);
     let (stalled, other) = (keys[0], keys[1]);
+    scene.data(stalled, 512 << 10);
+    assert!(
+        !scene.state.is_in_the_way_of(other, scene.now),
+        "it is about to be read"
+    );
+    scene.pass(Duration::from_millis(200));
+    assert!(scene.state.is_in_the_way_of(other, scene.now));
     scene.fill(stalled);
     // It has long moved nothing, and looks like no transfer.
     scene.pass(Duration::from_secs(4));
