@@ -145,9 +145,10 @@ fn write_time(time: jiff::Timestamp, w: &mut Writer<'_>) -> fmt::Result {
         if *second != time.as_second() {
             written.clear();
             write!(written, "{time:.0}")?;
+            written.pop(); // the Z, which comes after the milliseconds
             *second = time.as_second();
         }
-        w.write_str(written.strip_suffix('Z').unwrap_or(written))
+        w.write_str(written)
     })?;
     write!(w, ".{:03}Z", time.subsec_millisecond())
 }
