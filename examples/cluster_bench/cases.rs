@@ -148,6 +148,26 @@ pub(crate) const CASES: &[Case] = &[
         Kind::PingPong(Beside::Elsewhere(Neighbour::StalledReader, 20)),
     ),
     case(
+        "ping-2-down",
+        "ping-pong beside 2 downloads",
+        Kind::PingPong(Beside::Here(Neighbour::Bulk(Way::Down, None), 2)),
+    ),
+    case(
+        "ping-2-down-elsewhere",
+        "ping-pong beside 2 downloads of another process",
+        Kind::PingPong(Beside::Elsewhere(Neighbour::Bulk(Way::Down, None), 2)),
+    ),
+    case(
+        "ping-2-up",
+        "ping-pong beside 2 uploads",
+        Kind::PingPong(Beside::Here(Neighbour::Bulk(Way::Up, None), 2)),
+    ),
+    case(
+        "ping-2-up-elsewhere",
+        "ping-pong beside 2 uploads of another process",
+        Kind::PingPong(Beside::Elsewhere(Neighbour::Bulk(Way::Up, None), 2)),
+    ),
+    case(
         "ping-20-down",
         "ping-pong beside 20 downloads",
         Kind::PingPong(Beside::Here(Neighbour::Bulk(Way::Down, None), 20)),

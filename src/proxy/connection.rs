@@ -30,6 +30,10 @@ const MAX_FRAME: u32 = 1 << 20;
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 8 << 20;
 
+/// How much of an HTTP/1.1 body is received at once, and how much of an answer waits for the client, at most. More than that is out of
+/// the processor's cache by the time it is sent on, and comes in allocations that the system is asked for again each time.
+const BODY: usize = 128 << 10;
+
 /// An HTTP/2 client that says nothing for so long is asked whether it is still there, and given up if it does not answer.
 const PING_AFTER: Duration = Duration::from_mins(1);
 const PING_TIMEOUT: Duration = Duration::from_secs(30);
@@ -258,11 +262,13 @@ where
             boxed(|| answer(context, downstream, request)).await
         }
     });
+    let header_bytes = usize::try_from(limits.header_bytes).unwrap_or(usize::MAX);
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(timeout)
-        .max_header_size(usize::try_from(limits.header_bytes).unwrap_or(usize::MAX))
+        .max_header_size(header_bytes)
         .max_headers(limits.header_fields)
+        .max_buf_size(header_bytes.max(BODY))
         .preserve_header_case(true)
         .auto_date_header(false)
         .serve_connection(TokioIo::new(stream), service)

@@ -3,7 +3,7 @@
 //! twenty here. One at a time moves as much, since a processor that is busy gets no faster by being asked more often.
 //!
 //! A transfer moves one piece whenever it likes, and needs its turn only for going on; so one whose server has nothing for it
-//! waits for nobody. No turns are taken while all of them together are slower than what processors would be busy with, nor where
+//! waits for nobody. Neither does one that moves little in its turn, and nobody waits for it. No turns are taken while all of them together are slower than what processors would be busy with, nor where
 //! the way is long: then links or applications bound them, each by itself, and TCP is slow to begin again after a pause.
 
 use std::collections::VecDeque;
@@ -32,6 +32,11 @@ const GAP: Duration = Duration::from_millis(30);
 const BUSY: u64 = 64 << 20;
 const SPAN: Duration = Duration::from_secs(1);
 
+/// A transfer that has moved less than this within so much of its turn is slow for reasons of its own: it takes no part for a
+/// [`SPAN`]. At full speed a turn is over by then.
+const LITTLE: u64 = BUSY / 20;
+const JUDGED: Duration = Duration::from_millis(100);
+
 /// What the transfers of a program share.
 #[derive(Debug)]
 pub(super) struct Turns(Mutex<Inner>);
@@ -59,9 +64,19 @@ struct Inner {
 #[derive(Debug)]
 struct Running {
     id: u64,
-    /// How much it has moved in its turn, and when it last did.
+    /// When its turn began, how much it has moved in it, and when it last did.
+    begun: Instant,
     moved: u64,
     moved_at: Instant,
+}
+
+/// What comes of having moved something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    GoesOn,
+    Waits,
+    /// It is slow for reasons of its own.
+    IsSlow,
 }
 
 impl Default for Turns {
@@ -72,8 +87,7 @@ impl Default for Turns {
 }
 
 impl Turns {
-    /// Makes turns for so many transfers at a time: as many as there are threads to carry them. One more never waits: it costs
-    /// neighbours less than pauses would cost both.
+    /// Makes turns for so many transfers at a time: as many as there are threads to carry them.
     pub(super) fn new(at_once: usize) -> Self {
         Self(Mutex::new(Inner {
             at_once: at_once.max(1),
@@ -122,7 +136,7 @@ impl Inner {
 
     /// Gives turns to those that wait, as far as there is room.
     fn next(&mut self, now: Instant) {
-        while self.has_room(0)
+        while self.has_room()
             && let Some((id, waker)) = self.waiting.pop_front()
         {
             self.begin(id, now);
@@ -133,42 +147,45 @@ impl Inner {
         self.woken.extend(first);
     }
 
-    /// Tells whether one more may go on, when `more` join those that wait.
-    fn has_room(&self, more: usize) -> bool {
-        let all = self.running.len() + self.waiting.len() + more;
-        self.running.len() < self.at_once || all == self.at_once + 1
+    /// Tells whether one more may go on.
+    fn has_room(&self) -> bool {
+        self.running.len() < self.at_once
     }
 
-    /// Notes that a transfer has moved something. Returns whether it has to wait for its turn.
-    fn moved(&mut self, id: u64, bytes: u64, now: Instant) -> bool {
+    /// Notes that a transfer has moved something, and tells whether it has to wait for its turn.
+    fn moved(&mut self, id: u64, bytes: u64, now: Instant) -> Verdict {
         if !self.count(bytes, now) {
             self.clear();
-            return false;
+            return Verdict::GoesOn;
         }
         let (turn, alone) = (self.turn(), self.waiting.is_empty());
         if let Some(index) = self.running.iter().position(|running| running.id == id) {
             let running = &mut self.running[index];
             running.moved += bytes;
             running.moved_at = now;
-            if alone || running.moved < turn {
-                return false;
+            let is_slow = running.is_slow(now);
+            if alone || running.moved < turn && !is_slow {
+                return Verdict::GoesOn;
             }
             self.running.swap_remove(index);
-            self.waiting.push_back((id, None));
+            if !is_slow {
+                self.waiting.push_back((id, None));
+            }
             self.next(now);
-            return true;
+            return if is_slow { Verdict::IsSlow } else { Verdict::Waits };
         }
-        if alone && self.has_room(1) {
+        if alone && self.has_room() {
             self.begin(id, now);
-            return false;
+            return Verdict::GoesOn;
         }
         self.waiting.push_back((id, None));
-        true
+        Verdict::Waits
     }
 
     fn begin(&mut self, id: u64, now: Instant) {
         self.running.push(Running {
             id,
+            begun: now,
             moved: 0,
             moved_at: now,
         });
@@ -177,6 +194,14 @@ impl Inner {
     fn turn(&self) -> u64 {
         let others = self.waiting.len() as u64;
         (ROUND / (others + 1)).clamp(TURN_LEAST, TURN)
+    }
+}
+
+impl Running {
+    /// Tells whether it moves little though it has its turn.
+    fn is_slow(&self, now: Instant) -> bool {
+        let time = now.duration_since(self.begun);
+        time >= JUDGED && (self.moved as f64) < LITTLE as f64 * time.div_duration_f64(JUDGED)
     }
 }
 
@@ -190,6 +215,8 @@ pub(super) struct Transfer {
     /// Whether it has moved anything since it last left.
     takes_part: bool,
     waits: bool,
+    /// Until when it takes no part, having been slow.
+    slow_until: Option<Instant>,
     /// When the first in the row looks after those that run.
     sleep: Option<Pin<Box<Sleep>>>,
 }
@@ -207,6 +234,7 @@ impl Transfer {
             near: false,
             takes_part: false,
             waits: false,
+            slow_until: None,
             sleep: None,
         }
     }
@@ -221,8 +249,14 @@ impl Transfer {
     /// Notes that something was moved, in bytes. After that it may have to wait for its turn.
     pub(super) fn moved(&mut self, bytes: usize, now: Instant) {
         let (id, bytes) = (self.id, bytes as u64);
-        self.takes_part = true;
-        self.waits = self.turns.with(|inner| inner.moved(id, bytes, now));
+        if self.slow_until.is_some_and(|until| now < until) {
+            self.turns.with(|inner| inner.count(bytes, now));
+            return;
+        }
+        let verdict = self.turns.with(|inner| inner.moved(id, bytes, now));
+        self.takes_part = verdict != Verdict::IsSlow;
+        self.waits = verdict == Verdict::Waits;
+        self.slow_until = (verdict == Verdict::IsSlow).then(|| now + SPAN);
     }
 
     /// Takes no part until it moves something again: it need not wait, and the others go on.
@@ -265,7 +299,7 @@ impl Transfer {
             if place == 0 {
                 let goes_on = |running: &Running| now.duration_since(running.moved_at) < GAP;
                 inner.running.retain(goes_on);
-                if inner.has_room(0) {
+                if inner.has_room() {
                     inner.next(now);
                     return None;
                 }
@@ -337,22 +371,22 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn they_go_on_one_after_the_other_and_all_get_the_same() {
-        let mut transfers = busy(1, 3);
-        // Two were there before it was one too many.
-        assert_eq!(run(&mut transfers[0], 2 * TURN), TURN - PIECE as u64);
-        assert_eq!(run(&mut transfers[1], 2 * TURN), TURN);
-        for index in [2, 0, 1, 2] {
-            let having: Vec<bool> = transfers.iter_mut().map(has_turn).collect();
-            let mut wanted = [false; 3];
-            wanted[index] = true;
-            assert_eq!(having, wanted);
-            assert_eq!(run(&mut transfers[index], 2 * TURN), TURN);
+        for count in [2, 3] {
+            let mut transfers = busy(1, count);
+            // It was there before the others.
+            assert_eq!(run(&mut transfers[0], 2 * TURN), TURN - PIECE as u64);
+            for index in (1..count).chain(0..count) {
+                let having: Vec<bool> = transfers.iter_mut().map(has_turn).collect();
+                let wanted: Vec<bool> = (0..count).map(|other| other == index).collect();
+                assert_eq!(having, wanted);
+                assert_eq!(run(&mut transfers[index], 2 * TURN), TURN);
+            }
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn one_more_than_may_go_on_at_a_time_never_waits() {
-        for (at_once, count) in [(1, 1), (1, 2), (2, 3)] {
+    async fn as_many_as_may_go_on_at_a_time_never_wait() {
+        for (at_once, count) in [(1, 1), (2, 1), (2, 2)] {
             let mut transfers = busy(at_once, count);
             for transfer in &mut transfers {
                 assert_eq!(run(transfer, 4 * TURN), 4 * TURN);
@@ -373,6 +407,27 @@ mod tests {
             }
             tokio::time::advance(SPAN).await;
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_slow_beside_a_fast_one_neither_waits_nor_is_waited_for() {
+        let mut transfers = busy(1, 2);
+        run(&mut transfers[0], 2 * TURN);
+        assert!(has_turn(&mut transfers[1]));
+        let (begun, pause) = (Instant::now(), GAP / 2);
+        while !has_turn(&mut transfers[0]) {
+            transfers[1].moved(PIECE, Instant::now());
+            tokio::time::advance(pause).await;
+        }
+        assert!((JUDGED..JUDGED + 2 * pause).contains(&begun.elapsed()));
+        transfers[1].moved(PIECE, Instant::now());
+        assert!(!transfers[1].waits());
+        assert_eq!(run(&mut transfers[0], 4 * TURN), 4 * TURN, "as if it were alone");
+        // It may have been slow for a moment only.
+        tokio::time::advance(SPAN).await;
+        transfers[0].moved(PIECE, Instant::now());
+        transfers[1].moved(PIECE, Instant::now());
+        assert!(transfers[1].waits());
     }
 
     #[tokio::test(start_paused = true)]
@@ -402,10 +457,10 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn those_that_have_nothing_to_move_lose_their_turns_and_the_next_are_told() {
-        let mut transfers = busy(1, 5);
+        let mut transfers = busy(1, 4);
         let tracker = TaskTracker::new();
         let waiting: Vec<_> = transfers
-            .split_off(2)
+            .split_off(1)
             .into_iter()
             .map(|mut transfer| {
                 tracker.spawn(async move {
@@ -416,8 +471,7 @@ mod tests {
                 })
             })
             .collect();
-        // The last two never wait for each other.
-        for (gaps, waiting) in [1, 2, 2].into_iter().zip(waiting) {
+        for (gaps, waiting) in (1..).zip(waiting) {
             let (elapsed, transfer) = waiting.await.unwrap();
             let least = gaps * GAP;
             assert!((least..least + GAP / 2).contains(&elapsed), "{gaps}: {elapsed:?}");
@@ -427,8 +481,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn one_that_goes_away_hands_its_turn_on() {
-        let mut transfers = busy(1, 3);
-        let next = transfers.swap_remove(2);
+        let mut transfers = busy(1, 2);
+        let next = transfers.swap_remove(1);
         let mut waiting = TaskTracker::new().spawn(async move {
             let mut next = next;
             poll_fn(|cx| next.poll_turn(cx)).await;
