@@ -1,10 +1,12 @@
 //! Transfers take turns. Each would go on at any moment, and each that does has API server, kubelet, container runtime and pod
 //! at work for it: with twenty of them, whoever else wants a word waits behind twenty in every one of these, and behind
-//! twenty here. One at a time moves as much, since a processor that is busy gets no faster by being asked more often.
+//! twenty here. Two are as bad: beside one, servers still look for others now and then. One at a time moves nearly as much, since
+//! a processor that is busy gets no faster by being asked more often.
 //!
 //! A transfer moves one piece whenever it likes, and needs its turn only for going on; so one whose server has nothing for it
-//! waits for nobody. Neither does one that moves little in its turn, and nobody waits for it. No turns are taken while all of them together are slower than what processors would be busy with, nor where
-//! the way is long: then links or applications bound them, each by itself, and TCP is slow to begin again after a pause.
+//! waits for nobody. Nor does one that moves little in its turn, and nobody waits for it. No turns are taken while all of them
+//! together are slower than what processors would be busy with, nor where the way is long: then links or applications bound
+//! them, each by itself, and TCP is slow to begin again after a pause.
 
 use std::collections::VecDeque;
 use std::mem;
