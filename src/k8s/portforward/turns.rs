@@ -165,16 +165,20 @@ impl Inner {
             let running = &mut self.running[index];
             running.moved += bytes;
             running.moved_at = now;
-            let is_slow = running.is_slow(now);
-            if alone || running.moved < turn && !is_slow {
+            if alone {
+                return Verdict::GoesOn;
+            }
+            if running.is_slow(now) {
+                self.leave(id, now);
+                return Verdict::IsSlow;
+            }
+            if running.moved < turn {
                 return Verdict::GoesOn;
             }
             self.running.swap_remove(index);
-            if !is_slow {
-                self.waiting.push_back((id, None));
-            }
+            self.waiting.push_back((id, None));
             self.next(now);
-            return if is_slow { Verdict::IsSlow } else { Verdict::Waits };
+            return Verdict::Waits;
         }
         if alone && self.has_room() {
             self.begin(id, now);
