@@ -24,7 +24,7 @@ pub trait Stream: AsyncBufRead + AsyncWrite + Send + Unpin {
     /// `source`. `None`: there is no such way, or nothing to be gained by it now; it is to be written as usual.
     ///
     /// # Errors
-    /// Those of either side.
+    /// Those of `source`.
     fn poll_send_from(
         &mut self,
         source: &mut TcpStream,

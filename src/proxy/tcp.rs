@@ -71,6 +71,12 @@ pub async fn relay(mut client: TcpStream, mut pod: BoxStream) -> io::Result<Carr
     }
 }
 
+/// Which side has failed on the way to the pod.
+enum Broken {
+    Client(io::Error),
+    Pod(io::Error),
+}
+
 #[derive(Default)]
 struct Relay {
     /// What the client has sent and the pod has not taken yet, from the given place on.
@@ -91,16 +97,16 @@ impl Relay {
         cx: &mut Context<'_>,
     ) -> Poll<io::Result<()>> {
         // The client first: its first bytes then leave together with the opening of the connection.
-        if let Poll::Ready(Err(error)) = self.poll_upload(client, pod, cx) {
-            // Why the pod takes nothing more is told to its reader.
-            if ready!(self.poll_download(client, pod, cx)).is_ok()
-                && error.kind() == io::ErrorKind::BrokenPipe
-            {
-                return Poll::Ready(Ok(()));
+        match self.poll_upload(client, pod, cx) {
+            Poll::Ready(Err(Broken::Client(error))) => Poll::Ready(Err(error)),
+            Poll::Ready(Err(Broken::Pod(error))) => {
+                // Why the pod takes nothing more is told to its reader.
+                let ended = ready!(self.poll_download(client, pod, cx)).is_ok();
+                let in_order = ended && error.kind() == io::ErrorKind::BrokenPipe;
+                Poll::Ready(if in_order { Ok(()) } else { Err(error) })
             }
-            return Poll::Ready(Err(error));
+            Poll::Ready(Ok(())) | Poll::Pending => self.poll_download(client, pod, cx),
         }
-        self.poll_download(client, pod, cx)
     }
 
     fn poll_upload(
@@ -108,33 +114,35 @@ impl Relay {
         client: &mut TcpStream,
         pod: &mut BoxStream,
         cx: &mut Context<'_>,
-    ) -> Poll<io::Result<()>> {
+    ) -> Poll<Result<(), Broken>> {
         loop {
             while let Some(rest) = self.pending.get(self.taken..)
                 && !rest.is_empty()
             {
-                let sent = ready!(Pin::new(&mut *pod).poll_write(cx, rest))?;
+                let sent = ready!(Pin::new(&mut *pod).poll_write(cx, rest)).map_err(Broken::Pod)?;
                 self.taken += sent;
                 self.carried.to_pod += sent as u64;
             }
             self.release();
             if self.client_ended {
                 if !self.pod_told {
-                    ready!(Pin::new(&mut *pod).poll_shutdown(cx))?;
+                    ready!(Pin::new(&mut *pod).poll_shutdown(cx)).map_err(Broken::Pod)?;
                     self.pod_told = true;
                 }
                 return Poll::Ready(Ok(()));
             }
             let read = match pod.poll_send_from(client, cx) {
-                Some(sent) => sent.map_ok(|sent| {
-                    self.carried.to_pod += sent as u64;
-                    sent
-                }),
+                Some(sent) => sent
+                    .map_ok(|sent| {
+                        self.carried.to_pod += sent as u64;
+                        sent
+                    })
+                    .map_err(Broken::Client),
                 None => self.poll_pass(client, pod, cx),
             };
             let Poll::Ready(read) = read else {
                 // What was taken leaves although nothing comes that would take it along.
-                let _ = Pin::new(&mut *pod).poll_flush(cx)?;
+                let _ = Pin::new(&mut *pod).poll_flush(cx).map_err(Broken::Pod)?;
                 return Poll::Pending;
             };
             self.client_ended = read? == 0;
@@ -147,13 +155,13 @@ impl Relay {
         client: &mut TcpStream,
         pod: &mut BoxStream,
         cx: &mut Context<'_>,
-    ) -> Poll<io::Result<usize>> {
+    ) -> Poll<Result<usize, Broken>> {
         SCRATCH.with_borrow_mut(|scratch| {
             let mut buffer = ReadBuf::new(scratch);
-            ready!(Pin::new(&mut *client).poll_read(cx, &mut buffer))?;
+            ready!(Pin::new(&mut *client).poll_read(cx, &mut buffer)).map_err(Broken::Client)?;
             let bytes = buffer.filled();
             let sent = match Pin::new(&mut *pod).poll_write(cx, bytes) {
-                Poll::Ready(sent) if !bytes.is_empty() => sent?,
+                Poll::Ready(sent) if !bytes.is_empty() => sent.map_err(Broken::Pod)?,
                 Poll::Ready(_) | Poll::Pending => 0,
             };
             self.carried.to_pod += sent as u64;
@@ -228,6 +236,24 @@ mod tests {
             cx.waker().wake_by_ref();
             Poll::Pending
         }
+    }
+
+    #[tokio::test]
+    async fn a_client_that_gives_up_ends_it_though_the_pod_is_silent() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (socket, _) = listener.accept().await.unwrap();
+        let (stream, mut pod) = duplex(1 << 10);
+        let talking = async {
+            client.write_all(b"question").await.unwrap();
+            pod.read_exact(&mut [0; 8]).await.unwrap();
+            SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
+            drop(client);
+        };
+        let both = async { tokio::join!(relay(socket, Box::new(BufReader::new(stream))), talking) };
+        let (carried, ()) = tokio::time::timeout(10 * LINGER, both).await.expect("it stays");
+        assert_eq!(carried.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        assert_eq!(pod.read(&mut [0]).await.unwrap(), 0);
     }
 
     #[tokio::test]

@@ -7,6 +7,10 @@ mod cause;
 mod http1;
 mod http2;
 mod lease;
+#[cfg(test)]
+mod nobody;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{HashMap, HashSet};
 use std::error::Error as _;
@@ -445,11 +449,14 @@ fn failure(
     reused: bool,
     waited: Duration,
 ) -> Failure {
-    let untouched = error.take_message().is_some();
+    let returned = error.take_message().is_some();
     let error = error.into_error();
     let http1 = matches!(peer.wire, Wire::Http1 | Wire::Http1Tls);
     let misunderstood = cause.is_http1().is_some_and(|answered| answered != http1) || wants_http1(&error);
     let error = classify(peer.target.clone(), peer.wire, &error, cause, reused);
+    // Nobody else's bytes go over a connection of HTTP/1.1 meanwhile.
+    let unwritten = http1 && !cause.has_written() && !matches!(error, Error::ClientGone);
+    let untouched = returned || unwritten;
     Failure {
         error,
         untouched,

@@ -4,9 +4,10 @@
 //! a processor that is busy gets no faster by being asked more often.
 //!
 //! A transfer moves one piece whenever it likes, and needs its turn only for going on; so one whose server has nothing for it
-//! waits for nobody. Nor does one that moves little in its turn, and nobody waits for it. No turns are taken while all of them
-//! together are slower than what processors would be busy with, nor where the way is long: then links or applications bound
-//! them, each by itself, and TCP is slow to begin again after a pause.
+//! waits for nobody. Nor does one that moves little in its turns, as long as it moves little, and nobody waits for it: a client that
+//! takes its time, or an application that says something now and then. No turns are taken while all of them together are
+//! slower than what processors would be busy with, nor where the way is long: then links or applications bound them, each by
+//! itself, and TCP is slow to begin again after a pause.
 
 use std::collections::VecDeque;
 use std::mem;
@@ -34,9 +35,12 @@ const GAP: Duration = Duration::from_millis(30);
 const BUSY: u64 = 64 << 20;
 const SPAN: Duration = Duration::from_secs(1);
 
-/// A transfer that has moved less than this within so much of its turn is slow for reasons of its own: it takes no part for a
-/// [`SPAN`]. At full speed a turn is over by then.
-const LITTLE: u64 = BUSY / 20;
+/// A transfer that moves less than this within a [`SPAN`], while nothing of ours keeps it from more, is slow for reasons of its own.
+/// Where several go on at a time, each has its part of that to move.
+const LITTLE: u64 = BUSY / 2;
+
+/// For how long a transfer has had its turn, the last one or some of them, when its pace is judged. At full speed a turn is over
+/// by then.
 const JUDGED: Duration = Duration::from_millis(100);
 
 /// What the transfers of a program share.
@@ -66,8 +70,7 @@ struct Inner {
 #[derive(Debug)]
 struct Running {
     id: u64,
-    /// When its turn began, how much it has moved in it, and when it last did.
-    begun: Instant,
+    /// How much it has moved in it, and when it last did.
     moved: u64,
     moved_at: Instant,
 }
@@ -75,10 +78,46 @@ struct Running {
 /// What comes of having moved something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
-    GoesOn,
+    /// No turns are taken.
+    IsFree,
+    HasTurn,
     Waits,
-    /// It is slow for reasons of its own.
+    /// It would have to wait, or others for it, and is slow.
     IsSlow,
+}
+
+/// How much a transfer has moved while it could have moved more, and for how long that was so.
+#[derive(Debug, Default)]
+struct Pace {
+    moved: u64,
+    time: Duration,
+    /// Up to when that was counted; nothing while it is not.
+    counted: Option<Instant>,
+}
+
+impl Pace {
+    /// Counts from now on, if it does not.
+    fn go_on(&mut self, now: Instant) {
+        self.counted.get_or_insert(now);
+    }
+
+    /// Counts something that was moved, and the time up to now, as far as that is no longer than `most`.
+    fn note(&mut self, bytes: u64, most: Duration, now: Instant) {
+        if let Some(counted) = self.counted.replace(now) {
+            self.time += now.duration_since(counted).min(most);
+        }
+        self.moved += bytes;
+    }
+
+    /// Once so much time was counted, tells whether it was less than so many bytes within a [`SPAN`], and begins anew.
+    fn is_less(&mut self, little: u64, time: Duration) -> Option<bool> {
+        if self.time < time {
+            return None;
+        }
+        let is_little = (self.moved as f64) < little as f64 * self.time.div_duration_f64(SPAN);
+        (self.moved, self.time) = (0, Duration::ZERO);
+        Some(is_little)
+    }
 }
 
 impl Default for Turns {
@@ -154,44 +193,38 @@ impl Inner {
         self.running.len() < self.at_once
     }
 
-    /// Notes that a transfer has moved something, and tells whether it has to wait for its turn.
-    fn moved(&mut self, id: u64, bytes: u64, now: Instant) -> Verdict {
+    /// Notes that a transfer has moved something, and tells whether it has to wait for its turn. `is_slow`: whether it has moved
+    /// little in those that it had.
+    fn moved(&mut self, id: u64, bytes: u64, is_slow: bool, now: Instant) -> Verdict {
         if !self.count(bytes, now) {
             self.clear();
-            return Verdict::GoesOn;
+            return Verdict::IsFree;
         }
         let (turn, alone) = (self.turn(), self.waiting.is_empty());
         if let Some(index) = self.running.iter().position(|running| running.id == id) {
             let running = &mut self.running[index];
             running.moved += bytes;
             running.moved_at = now;
-            if alone {
-                return Verdict::GoesOn;
-            }
-            if running.is_slow(now) {
-                self.leave(id, now);
-                return Verdict::IsSlow;
-            }
-            if running.moved < turn {
-                return Verdict::GoesOn;
+            if alone || running.moved < turn && !is_slow {
+                return Verdict::HasTurn;
             }
             self.running.swap_remove(index);
-            self.waiting.push_back((id, None));
+            if !is_slow {
+                self.waiting.push_back((id, None));
+            }
             self.next(now);
-            return Verdict::Waits;
-        }
-        if alone && self.has_room() {
+        } else if alone && self.has_room() {
             self.begin(id, now);
-            return Verdict::GoesOn;
+            return Verdict::HasTurn;
+        } else if !is_slow {
+            self.waiting.push_back((id, None));
         }
-        self.waiting.push_back((id, None));
-        Verdict::Waits
+        if is_slow { Verdict::IsSlow } else { Verdict::Waits }
     }
 
     fn begin(&mut self, id: u64, now: Instant) {
         self.running.push(Running {
             id,
-            begun: now,
             moved: 0,
             moved_at: now,
         });
@@ -200,14 +233,6 @@ impl Inner {
     fn turn(&self) -> u64 {
         let others = self.waiting.len() as u64;
         (ROUND / (others + 1)).clamp(TURN_LEAST, TURN)
-    }
-}
-
-impl Running {
-    /// Tells whether it moves little though it has its turn.
-    fn is_slow(&self, now: Instant) -> bool {
-        let time = now.duration_since(self.begun);
-        time >= JUDGED && (self.moved as f64) < LITTLE as f64 * time.div_duration_f64(JUDGED)
     }
 }
 
@@ -221,8 +246,11 @@ pub(super) struct Transfer {
     /// Whether it has moved anything since it last left.
     takes_part: bool,
     waits: bool,
-    /// Until when it takes no part, having been slow.
-    slow_until: Option<Instant>,
+    /// Whether it takes no part because it is slow, and its pace: in its turns, or while it is slow.
+    is_slow: bool,
+    pace: Pace,
+    /// What is slow, in bytes within a [`SPAN`].
+    little: u64,
     /// When the first in the row looks after those that run.
     sleep: Option<Pin<Box<Sleep>>>,
 }
@@ -230,9 +258,9 @@ pub(super) struct Transfer {
 impl Transfer {
     /// Takes part, from its first [`Transfer::moved`] on.
     pub(super) fn new(turns: Arc<Turns>) -> Self {
-        let id = turns.with(|inner| {
+        let (id, at_once) = turns.with(|inner| {
             inner.count += 1;
-            inner.count
+            (inner.count, inner.at_once)
         });
         Self {
             turns,
@@ -240,7 +268,9 @@ impl Transfer {
             near: false,
             takes_part: false,
             waits: false,
-            slow_until: None,
+            is_slow: false,
+            pace: Pace::default(),
+            little: LITTLE / at_once as u64,
             sleep: None,
         }
     }
@@ -255,14 +285,28 @@ impl Transfer {
     /// Notes that something was moved, in bytes. After that it may have to wait for its turn.
     pub(super) fn moved(&mut self, bytes: usize, now: Instant) {
         let (id, bytes) = (self.id, bytes as u64);
-        if self.slow_until.is_some_and(|until| now < until) {
-            self.turns.with(|inner| inner.count(bytes, now));
-            return;
+        if self.is_slow {
+            self.pace.note(bytes, Duration::MAX, now);
+            if self.pace.is_less(self.little, SPAN) != Some(false) {
+                self.turns.with(|inner| inner.count(bytes, now));
+                return;
+            }
+            self.is_slow = false;
+        } else if self.pace.counted.is_some() {
+            // Longer than that nobody has had to wait for it.
+            self.pace.note(bytes, GAP, now);
         }
-        let verdict = self.turns.with(|inner| inner.moved(id, bytes, now));
-        self.takes_part = verdict != Verdict::IsSlow;
+        let is_slow = self.pace.is_less(self.little, JUDGED) == Some(true);
+        let verdict = self.turns.with(|inner| inner.moved(id, bytes, is_slow, now));
+        match verdict {
+            Verdict::IsFree => self.pace = Pace::default(),
+            Verdict::HasTurn => self.pace.go_on(now),
+            Verdict::Waits => self.pace.counted = None,
+            Verdict::IsSlow => self.pace.counted = Some(now),
+        }
+        self.is_slow = verdict == Verdict::IsSlow;
         self.waits = verdict == Verdict::Waits;
-        self.slow_until = (verdict == Verdict::IsSlow).then(|| now + SPAN);
+        self.takes_part = matches!(verdict, Verdict::HasTurn | Verdict::Waits);
     }
 
     /// Takes no part until it moves something again: it need not wait, and the others go on.
@@ -270,6 +314,7 @@ impl Transfer {
         if mem::take(&mut self.takes_part) {
             self.turns.with(|inner| inner.leave(self.id, Instant::now()));
         }
+        self.pace.counted = None;
         self.waits = false;
     }
 
@@ -291,6 +336,9 @@ impl Transfer {
                 sleep.as_mut().reset(look_at);
             }
             ready!(sleep.as_mut().poll(cx));
+        }
+        if self.waits {
+            self.pace.go_on(Instant::now());
         }
         self.waits = false;
         Poll::Ready(())
@@ -426,14 +474,57 @@ mod tests {
             tokio::time::advance(pause).await;
         }
         assert!((JUDGED..JUDGED + 2 * pause).contains(&begun.elapsed()));
-        transfers[1].moved(PIECE, Instant::now());
-        assert!(!transfers[1].waits());
-        assert_eq!(run(&mut transfers[0], 4 * TURN), 4 * TURN, "as if it were alone");
-        // It may have been slow for a moment only.
+        for _ in 0..3 * SPAN.as_millis() / pause.as_millis() {
+            transfers[1].moved(PIECE, Instant::now());
+            assert!(!transfers[1].waits());
+            assert_eq!(run(&mut transfers[0], 2 * PIECE as u64), 2 * PIECE as u64);
+            transfers[0].moved(BUSY as usize / 50, Instant::now());
+            assert!(!transfers[0].waits(), "as if it were alone");
+            tokio::time::advance(pause).await;
+        }
+        // It may have been slow for a while only.
         tokio::time::advance(SPAN).await;
-        transfers[0].moved(PIECE, Instant::now());
-        transfers[1].moved(PIECE, Instant::now());
+        transfers[0].moved(BUSY as usize, Instant::now());
+        transfers[1].moved(2 * LITTLE as usize, Instant::now());
         assert!(transfers[1].waits());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_has_something_now_and_then_soon_keeps_nobody_waiting() {
+        let mut transfers = busy(1, 2);
+        let mut waited = Vec::new();
+        for event in 0..100 {
+            if event > 0 {
+                transfers[1].moved(PIECE, Instant::now());
+            }
+            transfers[0].moved(TURN as usize, Instant::now());
+            if transfers[0].waits() {
+                waited.push(event);
+                assert!(has_turn(&mut transfers[1]), "which has nothing more");
+                tokio::time::advance(GAP).await;
+                assert!(has_turn(&mut transfers[0]));
+            }
+            tokio::time::advance(3 * GAP).await;
+        }
+        assert_eq!(waited, [0, 1, 2, 3], "then it had had its turn for long enough");
+        assert!(!transfers[1].waits());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn where_several_go_on_at_a_time_each_may_be_so_much_slower() {
+        let pause = GAP / 2;
+        let rate = |at_once: u64| (LITTLE / at_once) as f64 * pause.div_duration_f64(SPAN);
+        for at_once in [1, 4] {
+            let mut transfers = busy(at_once as usize, at_once as usize + 1);
+            let (begun, waits) = (Instant::now(), at_once as usize);
+            while begun.elapsed() < 2 * JUDGED {
+                for transfer in &mut transfers[..waits] {
+                    transfer.moved((1.1 * rate(at_once)) as usize, Instant::now());
+                }
+                tokio::time::advance(pause).await;
+            }
+            assert!(!has_turn(&mut transfers[waits]), "{at_once}: none is slow");
+        }
     }
 
     #[tokio::test(start_paused = true)]

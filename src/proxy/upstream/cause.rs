@@ -3,6 +3,7 @@
 
 use std::io;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 
@@ -18,6 +19,8 @@ struct Known {
     error: OnceLock<(io::ErrorKind, String)>,
     /// Whether the first bytes that came are those of an answer in HTTP/1.x.
     http1: OnceLock<bool>,
+    /// Whether anything was written since the last request began.
+    written: AtomicBool,
 }
 
 /// What every answer in HTTP/1.x begins with, and no frame of HTTP/2: as its length it would be too long (RFC 9112 section 4,
@@ -36,6 +39,23 @@ impl Cause {
     /// Whether the pod answers in HTTP/1.x; unknown before the first bytes have come.
     pub(super) fn is_http1(&self) -> Option<bool> {
         self.0.http1.get().copied()
+    }
+
+    /// Notes that a request begins, and no other is under way.
+    pub(super) fn begin_request(&self) {
+        self.0.written.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether anything was written since a request last began.
+    pub(super) fn has_written(&self) -> bool {
+        self.0.written.load(Ordering::Relaxed)
+    }
+
+    fn note_written(&self, result: io::Result<usize>) -> io::Result<usize> {
+        if matches!(result, Ok(1..)) {
+            self.0.written.store(true, Ordering::Relaxed);
+        }
+        self.note(result)
     }
 
     fn note<T>(&self, result: io::Result<T>) -> io::Result<T> {
@@ -93,7 +113,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Noted<S> {
 impl<S: AsyncWrite + Unpin> AsyncWrite for Noted<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let result = ready!(Pin::new(&mut self.stream).poll_write(cx, buf));
-        Poll::Ready(self.cause.note(result))
+        Poll::Ready(self.cause.note_written(result))
     }
 
     fn poll_write_vectored(
@@ -102,7 +122,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Noted<S> {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let result = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, bufs));
-        Poll::Ready(self.cause.note(result))
+        Poll::Ready(self.cause.note_written(result))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -124,6 +144,19 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Noted<S> {
 mod tests {
     use super::*;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    #[tokio::test]
+    async fn what_was_written_for_earlier_requests_does_not_count() {
+        let (_pod, ours) = tokio::io::duplex(64);
+        let cause = Cause::default();
+        let mut noted = Noted::new(ours, cause.clone());
+        for _ in 0..2 {
+            cause.begin_request();
+            assert!(!cause.has_written());
+            noted.write_all(b"GET").await.unwrap();
+            assert!(cause.has_written());
+        }
+    }
 
     #[tokio::test]
     async fn the_version_of_an_answer_is_told_by_its_first_bytes_however_they_come() {

@@ -46,7 +46,7 @@ pub(super) const SURPLUS: Duration = Duration::from_secs(10);
 
 /// For how long nothing better is hoped for than a connection that others are in the way of, after a new one was no better, or did
 /// not come about: as long as a transfer counts as one.
-const FUTILE: Duration = Duration::from_secs(2);
+pub(super) const FUTILE: Duration = Duration::from_secs(2);
 
 /// A connection, as its user sees it. Dropping it closes it.
 pub(super) struct Connection {
@@ -64,7 +64,13 @@ impl Connection {
         &mut self,
         request: Request<RequestBody>,
     ) -> Result<Response<Incoming>, TrySendError<Request<RequestBody>>> {
-        let Self { sender, driver, .. } = self;
+        let Self {
+            sender,
+            driver,
+            cause,
+            ..
+        } = self;
+        cause.begin_request();
         let mut answer = pin!(sender.try_send_request(request));
         poll_fn(|cx| driver.poll_for(cx, |cx| answer.as_mut().poll(cx))).await
     }

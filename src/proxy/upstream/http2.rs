@@ -1,5 +1,5 @@
-//! The HTTP/2 connections to one port of one pod: one, shared by all requests, and another only when the pod's limit of
-//! streams is reached on each.
+//! The HTTP/2 connections to one port of one pod: one, shared by all requests, and another when the pod's limit of streams is
+//! reached on each, or others are in the way of each.
 
 use std::future::{Future as _, poll_fn};
 use std::pin::Pin;
@@ -16,23 +16,30 @@ use tracing::debug;
 use crate::proxy::error::Error;
 use crate::proxy::replay::RequestBody;
 use crate::proxy::upstream::cause::{Cause, Noted};
-use crate::proxy::upstream::http1::{shutting_down, unavailable};
+use crate::proxy::upstream::http1::{FUTILE, shutting_down, unavailable};
 use crate::proxy::upstream::{Fresh, Peer, Shared, lock};
 use crate::registry::Load;
+use crate::transport::Company;
 
 /// Large enough for a bulk stream at the delays of a remote cluster: 2 MiB in flight are 20 MB/s at 100 ms.
 const STREAM_WINDOW: u32 = 2 << 20;
 const CONNECTION_WINDOW: u32 = 8 << 20;
+
+/// How many connections there may be because others are in the way of each.
+const EVASIONS: usize = 4;
 
 /// One connection.
 #[derive(Clone)]
 struct Connection {
     sender: SendRequest<RequestBody>,
     cause: Cause,
+    company: Company,
     /// How many streams we have on it.
     streams: Arc<AtomicUsize>,
     /// How many the pod allows, as its task last learned.
     limit: Arc<AtomicUsize>,
+    /// When it was last seen to have one.
+    used: Instant,
 }
 
 /// The right to one stream of a connection.
@@ -53,12 +60,13 @@ impl Drop for Slot {
 
 impl Connection {
     /// Takes a stream if the pod's limit leaves one. Called under the pool's lock.
-    fn stream(&self) -> Option<Stream> {
+    fn stream(&mut self, now: Instant) -> Option<Stream> {
         if self.sender.is_closed()
             || self.streams.load(Ordering::Relaxed) >= self.limit.load(Ordering::Relaxed)
         {
             return None;
         }
+        self.used = now;
         self.streams.fetch_add(1, Ordering::Relaxed);
         Some(Stream {
             sender: self.sender.clone(),
@@ -82,8 +90,31 @@ struct State {
     waiting: Vec<oneshot::Sender<Result<Stream, Error>>>,
     /// Whether one is being opened.
     opening: bool,
-    /// When a connection was last asked for.
-    used: Instant,
+    /// Until when a new connection is not expected to be better than one that others are in the way of.
+    futile_until: Option<Instant>,
+}
+
+impl State {
+    /// Takes a stream of a connection, without those that others are in the way of if there may be a better one.
+    fn stream(&mut self, now: Instant) -> Option<Stream> {
+        let futile = self.futile_until.is_some_and(|until| until > now);
+        let may_do_better = !futile && self.connections.len() < EVASIONS;
+        let clear = |connection: &&mut Connection| !connection.company.is_in_the_way();
+        let stream = self
+            .connections
+            .iter_mut()
+            .filter(clear)
+            .find_map(|connection| connection.stream(now));
+        match stream {
+            None if !may_do_better => self.any_stream(now),
+            stream => stream,
+        }
+    }
+
+    fn any_stream(&mut self, now: Instant) -> Option<Stream> {
+        let mut connections = self.connections.iter_mut();
+        connections.find_map(|connection| connection.stream(now))
+    }
 }
 
 impl Pool {
@@ -92,7 +123,7 @@ impl Pool {
             connections: Vec::new(),
             waiting: Vec::new(),
             opening: false,
-            used: Instant::now(),
+            futile_until: None,
         };
         Self {
             peer,
@@ -109,14 +140,13 @@ impl Pool {
     ) -> Result<(Stream, bool), Error> {
         let waiting = {
             let mut state = lock(&self.state);
-            state.used = Instant::now();
             if fresh == Fresh::Yes {
                 state.connections.clear(); // streams that are open on them go on
             }
             state
                 .connections
                 .retain(|connection| !connection.sender.is_closed());
-            if let Some(stream) = state.connections.iter().find_map(Connection::stream) {
+            if let Some(stream) = state.stream(Instant::now()) {
                 return Ok((stream, true));
             }
             let (hand_over, waiting) = oneshot::channel();
@@ -137,7 +167,7 @@ impl Pool {
 
     async fn connect(&self, shared: &Arc<Shared>) -> Result<Connection, Error> {
         let stream = shared.open(&self.peer).await?;
-        let cause = Cause::default();
+        let (cause, company) = (Cause::default(), stream.company());
         let (sender, mut connection) = http2::Builder::new(shared.drain.clone())
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
@@ -163,8 +193,10 @@ impl Pool {
         Ok(Connection {
             sender,
             cause,
+            company,
             streams: Arc::default(),
             limit,
+            used: Instant::now(),
         })
     }
 
@@ -173,16 +205,15 @@ impl Pool {
         self.open.get()
     }
 
-    /// Closes the connections if nobody asked for one for this time. Returns whether anything is left.
+    /// Closes connections that have had no stream for this time. Returns whether anything is left.
     pub(super) fn expire(self: &Arc<Self>, now: Instant, idle_timeout: Duration) -> bool {
         let mut state = lock(&self.state);
-        if now.duration_since(state.used) >= idle_timeout && !state.opening {
-            // hyper keeps a connection up until the streams that are open on it have ended.
-            state.connections.clear();
-        }
-        state
-            .connections
-            .retain(|connection| !connection.sender.is_closed());
+        state.connections.retain_mut(|connection| {
+            if connection.streams.load(Ordering::Relaxed) > 0 {
+                connection.used = now;
+            }
+            now.duration_since(connection.used) < idle_timeout && !connection.sender.is_closed()
+        });
         !state.connections.is_empty() || state.opening || Arc::strong_count(self) > 1
     }
 }
@@ -199,16 +230,22 @@ impl Opening {
         loop {
             let opened = self.pool.connect(&self.shared).await;
             let mut state = lock(&self.pool.state);
-            let waiting = std::mem::take(&mut state.waiting);
+            let (waiting, now) = (std::mem::take(&mut state.waiting), Instant::now());
+            let better = opened.as_ref().is_ok_and(|new| !new.company.is_in_the_way());
+            if !better {
+                state.futile_until = Some(now + FUTILE);
+            }
             match opened {
                 Err(error) => {
                     for waiting in waiting {
-                        let _ = waiting.send(Err(error.clone()));
+                        // What others are in the way of is better than nothing.
+                        let stream = state.any_stream(now).ok_or_else(|| error.clone());
+                        let _ = waiting.send(stream);
                     }
                 }
-                Ok(connection) => {
+                Ok(mut connection) => {
                     for waiting in waiting {
-                        match connection.stream() {
+                        match connection.stream(now) {
                             // Gone with a client that left, the stream is free again.
                             Some(stream) => drop(waiting.send(Ok(stream))),
                             None => state.waiting.push(waiting),
@@ -233,5 +270,80 @@ impl Drop for Opening {
             state.opening = false;
             state.waiting.clear();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proxy::upstream::Wire;
+    use crate::proxy::upstream::nobody::{self, Way};
+
+    struct Scene {
+        way: Arc<Way>,
+        pool: Arc<Pool>,
+        shared: Arc<Shared>,
+    }
+
+    impl Scene {
+        /// A pool with one connection.
+        async fn new() -> Self {
+            let way = Arc::new(Way::default());
+            let scene = Self {
+                pool: Arc::new(Pool::new(nobody::peer(Wire::H2c))),
+                shared: nobody::shared(way.clone(), 1),
+                way,
+            };
+            scene.checkout().await;
+            scene
+        }
+
+        async fn checkout(&self) -> Stream {
+            let checkout = self.pool.checkout(&self.shared, Fresh::No).await;
+            checkout.unwrap_or_else(|error| panic!("{error}")).0
+        }
+
+        /// How many connections have been opened when others are in the way of the first few.
+        async fn opened(&self, in_the_way: usize, requests: usize) -> usize {
+            self.way.bulk.store(in_the_way, Ordering::Relaxed);
+            for _ in 0..requests {
+                self.checkout().await;
+            }
+            self.way.opened.load(Ordering::Relaxed)
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn requests_leave_a_connection_that_others_are_in_the_way_of() {
+        let scene = Scene::new().await;
+        assert_eq!(scene.opened(0, 10).await, 1);
+        for in_the_way in 1..EVASIONS {
+            assert_eq!(scene.opened(in_the_way, 10).await, in_the_way + 1);
+        }
+        assert_eq!(scene.opened(EVASIONS, 10).await, EVASIONS, "not without end");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn where_a_new_connection_was_no_better_the_old_one_does_for_a_while() {
+        let scene = Scene::new().await;
+        assert_eq!(scene.opened(usize::MAX, 10).await, 2);
+        tokio::time::advance(FUTILE).await;
+        assert_eq!(scene.opened(usize::MAX, 10).await, 3);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn connections_end_when_they_have_had_no_stream_for_the_idle_time() {
+        const IDLE: Duration = Duration::from_secs(600);
+        let scene = Scene::new().await;
+        scene.opened(1, 1).await;
+        let stream = scene.checkout().await;
+        let (first, connections) = (Instant::now(), || lock(&scene.pool.state).connections.len());
+        assert!(scene.pool.expire(first + IDLE - Duration::from_secs(1), IDLE));
+        assert_eq!(connections(), 2);
+        assert!(scene.pool.expire(first + 2 * IDLE, IDLE), "one has a stream");
+        assert_eq!(connections(), 1);
+        drop(stream);
+        assert!(scene.pool.expire(first + 3 * IDLE - Duration::from_secs(1), IDLE));
+        assert!(!scene.pool.expire(first + 3 * IDLE, IDLE));
     }
 }

@@ -1,99 +1,8 @@
-use std::future::ready;
-use std::io;
-use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::task::{Context, Poll};
-
-use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, ReadBuf};
+use std::sync::atomic::Ordering;
 
 use super::*;
-use crate::drain::Drain;
-use crate::proxy::Limits;
-use crate::proxy::notice::Notice;
-use crate::proxy::upstream::{PodTls, Wire};
-use crate::registry::PodRef;
-use crate::tls::Trust;
-use crate::transport::{BoxStream, Connect, Connecting, Stream, Target};
-
-const PATIENCE: Duration = Duration::from_secs(10);
-
-/// Opens streams to nobody, of which the first few have a transfer beside them.
-#[derive(Debug, Default)]
-struct Way {
-    bulk: Arc<AtomicUsize>,
-    opened: AtomicUsize,
-    end: Arc<End>,
-}
-
-/// The end of all streams.
-#[derive(Debug, Default)]
-struct End {
-    come: AtomicBool,
-    readers: Mutex<Vec<Waker>>,
-}
-
-impl End {
-    fn come(&self) {
-        self.come.store(true, Ordering::Relaxed);
-        lock(&self.readers).drain(..).for_each(Waker::wake);
-    }
-}
-
-/// A stream to nobody.
-struct Nobody {
-    /// Its place among all streams, and how many of the first are beside a transfer.
-    place: usize,
-    bulk: Arc<AtomicUsize>,
-    end: Arc<End>,
-}
-
-impl Stream for Nobody {
-    fn company(&self) -> Company {
-        let (place, bulk) = (self.place, self.bulk.clone());
-        Company::new(move || place < bulk.load(Ordering::Relaxed))
-    }
-}
-
-impl AsyncRead for Nobody {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if self.end.come.load(Ordering::Relaxed) {
-            return Poll::Ready(Ok(()));
-        }
-        lock(&self.end.readers).push(cx.waker().clone());
-        Poll::Pending
-    }
-}
-
-impl AsyncBufRead for Nobody {
-    fn poll_fill_buf(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<&[u8]>> {
-        Poll::Pending
-    }
-
-    fn consume(self: Pin<&mut Self>, _: usize) {}
-}
-
-impl AsyncWrite for Nobody {
-    fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
-        Poll::Pending
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl Connect for Way {
-    fn connect<'a>(&'a self, _: &'a Target) -> Connecting<'a> {
-        let (place, bulk) = (self.opened.fetch_add(1, Ordering::Relaxed), self.bulk.clone());
-        let end = self.end.clone();
-        let stream: BoxStream = Box::new(Nobody { place, bulk, end });
-        Box::pin(ready(Ok(stream)))
-    }
-}
+use crate::proxy::upstream::Wire;
+use crate::proxy::upstream::nobody::{self, Way};
 
 struct Scene {
     way: Arc<Way>,
@@ -105,43 +14,11 @@ impl Scene {
     /// A pool for so many connections, one of which is idle.
     async fn new(places: usize) -> Self {
         let way = Arc::new(Way::default());
-        let limits = Limits {
-            connections: None,
-            connections_per_client: None,
-            connections_per_pod: places,
-            header_bytes: 1 << 16,
-            header_fields: 100,
-            response_header_bytes: 1 << 16,
-            response_header_fields: 100,
-            replay_bytes: 1,
-            linger: Duration::ZERO,
-            streams: 1,
-        };
-        let peer = Peer {
-            target: Target {
-                pod: PodRef {
-                    namespace: "shop".into(),
-                    name: "web-0".into(),
-                    uid: "".into(),
-                },
-                port: 80,
-            },
-            wire: Wire::Http1,
-            server_name: None,
-            alone: false,
-        };
-        let shared = Shared {
-            connect: way.clone(),
-            tls: PodTls::new(&Trust::Skip).unwrap(),
-            limits,
-            patience: PATIENCE,
-            full: Notice::default(),
-            drain: Drain::new(),
-        };
+        let shared = nobody::shared(way.clone(), places);
         let scene = Self {
             way,
-            pool: Pool::start(peer, places, &shared.drain),
-            shared: Arc::new(shared),
+            pool: Pool::start(nobody::peer(Wire::Http1), places, &shared.drain),
+            shared,
         };
         let first = scene.checkout().await;
         scene.put(first).await;

@@ -145,15 +145,7 @@ impl State {
                 self.retired = true;
             }
         }
-        let Some(entry) = self.connections.get(key) else {
-            return;
-        };
-        if let Ours::Held(since) = entry.ours {
-            waits = true;
-            if now.duration_since(since) >= LINGER {
-                self.want(key, Ours::FinWanted);
-            }
-        }
+        waits |= self.is_holding(key, now);
         if let Some(entry) = self.connections.get(key)
             && let Some(since) = entry.detached
         {
@@ -176,6 +168,30 @@ impl State {
             self.time(key);
         }
         self.forget(key);
+    }
+
+    /// Sees to an end of ours that is held back. The application has its time to answer from when it could have read everything,
+    /// as long as that takes. Returns whether it is still held back.
+    fn is_holding(&mut self, key: usize, now: Instant) -> bool {
+        let Some(entry) = self.connections.get_mut(key) else {
+            return false;
+        };
+        let Ours::Held(since) = &mut entry.ours else {
+            return false;
+        };
+        let waited = now.duration_since(*since);
+        if let Some(place) = entry.place
+            && !self.workers.is_handed(place.class, entry.last_payload)
+        {
+            if self.workers.is_suspect(place.class) {
+                *since = now;
+            } else if waited >= UNHANDED {
+                self.workers.suspect(place.class);
+            }
+        } else if waited >= LINGER {
+            self.want(key, Ours::FinWanted);
+        }
+        true
     }
 
     /// Sees to payload that may wait behind that of a connection whose application does not read. Its own connection is given
@@ -205,8 +221,8 @@ impl State {
             }
             return true;
         }
-        // Nothing of what an application has not answered yet can have reached it if none was sent.
-        let kind = if entry.unheard() == 0 {
+        // What an application has answered may be one of several things that it was told.
+        let kind = if entry.last_payload == 0 {
             io::ErrorKind::NotConnected
         } else {
             io::ErrorKind::ConnectionAborted

@@ -310,14 +310,14 @@ fn an_application_that_does_not_read_stops_its_writer_and_nobody_else() {
 #[test]
 fn what_waits_behind_an_application_that_does_not_read_is_given_up_in_the_end() {
     let mut scene = Scene::new();
-    let keys: Vec<usize> = (0..12).map(|_| scene.open(80)).collect();
+    let keys: Vec<usize> = (0..17).map(|_| scene.open(80)).collect();
     for &key in &keys {
         scene.read(key);
         scene.written();
         scene.reply(key);
         scene.data(key, 1);
     }
-    // Two of each worker at least, and three of this one's.
+    // Three of each worker at least, and four of this one's.
     let stalled = keys[10];
     let stuck = scene.id(stalled) % 5;
     let behind: Vec<usize> = keys
@@ -325,8 +325,12 @@ fn what_waits_behind_an_application_that_does_not_read_is_given_up_in_the_end() 
         .copied()
         .filter(|&key| key != stalled && scene.id(key) % 5 == stuck)
         .collect();
+    scene.write(behind[2], 1);
+    scene.answer_pings();
+    scene.data(behind[2], 1);
     scene.flood(stalled);
     assert!(scene.write(behind[0], 1).is_none());
+    assert!(scene.write(behind[2], 1).is_none());
     let neighbour = keys
         .iter()
         .copied()
@@ -340,6 +344,11 @@ fn what_waits_behind_an_application_that_does_not_read_is_given_up_in_the_end() 
     }
     assert!(scene.state.is_in_the_way_of(behind[1], scene.now));
     assert_eq!(kind(scene.write(behind[0], 1)), io::ErrorKind::NotConnected);
+    assert_eq!(
+        kind(scene.write(behind[2], 1)),
+        io::ErrorKind::ConnectionAborted,
+        "it was told something before"
+    );
     scene.read(behind[1]);
     assert!(
         scene.read(behind[1]).is_none(),
@@ -556,7 +565,7 @@ async fn a_transfer_that_waits_for_its_turn_stays_one() {
     scene.write(idle, 1);
     scene.written();
     scene.reply(transfer);
-    scene.reply(idle);
+    scene.data(idle, 1);
     scene.pass(2 * BULK_SPAN);
     let cx = Context::from_waker(Waker::noop());
     for _ in 0..=TRANSFER / FRAME {

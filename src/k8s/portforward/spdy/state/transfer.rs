@@ -3,11 +3,15 @@
 
 use std::mem;
 use std::task::Context;
+use std::time::Duration;
 
 use tokio::time::Instant;
 
 use crate::k8s::portforward::spdy::entry::Entry;
 use crate::k8s::portforward::spdy::state::{BULK_SPAN, State, TRANSFER};
+
+/// For how long an answer is expected at any moment.
+const EXPECTED: Duration = Duration::from_secs(60);
 
 impl State {
     /// Tells whether there are transfers, and nothing beside them that would have to wait for their turns.
@@ -42,8 +46,15 @@ impl State {
             })
     }
 
+    /// Tells whether a connection that is none of the transfers has had anything to do lately, or waits for an answer.
     fn is_mixed(&self, now: Instant) -> bool {
+        let expects = |entry: &Entry| {
+            let asked = entry.awaiting && entry.run < TRANSFER && entry.detached.is_none();
+            let since = entry.moved.1.filter(|_| asked);
+            since.is_some_and(|since| now.duration_since(since) < EXPECTED)
+        };
         self.other.is_some_and(|(_, until)| until > now)
+            || self.connections.iter().any(|(_, entry)| expects(entry))
     }
 
     /// Ends a turn of the session's task before it has done anything: it waits for transfers of other sessions. Returns whether

@@ -345,6 +345,27 @@ fn what_all_workers_have_lost_at_the_same_time_is_given_up() {
     assert!(scene.state.load(scene.now).worn);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_transfer_does_not_stand_back_while_a_neighbour_waits_for_an_answer() {
+    let mut scene = Scene::new();
+    let (transfer, neighbour) = (scene.open(80), scene.open(80));
+    for key in [transfer, neighbour] {
+        scene.write(key, 1);
+        scene.written();
+        scene.reply(key);
+    }
+    for _ in 0..=TRANSFER / (64 << 10) {
+        scene.data(transfer, 64 << 10);
+        while matches!(scene.read(transfer), Some(Ok(1..))) {}
+    }
+    let cx = Context::from_waker(Waker::noop());
+    scene.now += 5 * BULK_SPAN;
+    assert!(!scene.state.stand_back(scene.now, &cx));
+    scene.data(neighbour, 1);
+    scene.now += 2 * BULK_SPAN;
+    assert!(scene.state.stand_back(scene.now, &cx), "it has had its answer");
+}
+
 #[test]
 fn a_session_is_unused_from_the_last_payload_on() {
     let mut scene = Scene::new();

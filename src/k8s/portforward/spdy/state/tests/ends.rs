@@ -1,6 +1,7 @@
 //! Ends: which are believed, and what becomes of connections when their session ends.
 
 use super::*;
+use crate::k8s::portforward::liveness::LINGER;
 
 #[test]
 fn a_connection_that_comes_as_the_session_ends_fails_and_may_be_tried_again() {
@@ -128,6 +129,46 @@ fn an_end_before_the_opening_is_not_forgotten() {
     assert!(scene.read(key).is_none());
     let written = scene.written();
     assert!(written.contains(&Wrote::Fin(scene.id(key))), "{written:?}");
+}
+
+#[test]
+fn an_end_is_held_back_for_so_long_from_when_the_application_could_have_read_everything() {
+    for delay in [Duration::ZERO, Duration::from_secs(45)] {
+        let mut scene = Scene::new();
+        let begun = scene.now;
+        let key = scene.open(80);
+        scene.write(key, 1 << 20);
+        scene.written();
+        scene.reply(key);
+        scene.state.shutdown(key, scene.now);
+        let (mut asked, mut has_ended) = (Vec::new(), false);
+        while !has_ended {
+            scene.pass(Duration::from_millis(20));
+            assert!(scene.now - begun < delay + 2 * LINGER, "never");
+            for frame in scene.written() {
+                match frame {
+                    Wrote::Ping(id) => asked.push(id),
+                    Wrote::Open(probe) => {
+                        let mut refused = Vec::new();
+                        frame::reset(&mut refused, probe, 1);
+                        scene.receive(&refused);
+                    }
+                    frame => has_ended |= frame == Wrote::Fin(scene.id(key)),
+                }
+            }
+            // Its worker is as slow as the application.
+            let (worker, has_read) = (scene.id(key) % 5, scene.now - begun >= delay);
+            for id in asked.extract_if(.., |id| has_read || *id / 2 % 5 != worker) {
+                let mut pong = Vec::new();
+                frame::ping(&mut pong, id);
+                scene.receive(&pong);
+            }
+        }
+        let least = delay + LINGER;
+        let most = least + Duration::from_secs(2);
+        let elapsed = scene.now - begun;
+        assert!((least..most).contains(&elapsed), "{elapsed:?}");
+    }
 }
 
 #[test]
