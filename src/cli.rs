@@ -46,6 +46,9 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     if name == "config" {
+        for warning in layers.warnings() {
+            complain(warning);
+        }
         return print(&config::show(&layers));
     }
     let log = telemetry::init(&config.telemetry);

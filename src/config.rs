@@ -218,8 +218,8 @@ pub fn reference() -> String {
         );
     }
     page.push_str(
-        "\n`PROXY_MAX_RETRIES`, `PROXY_RETRY_DELAY_MS` and `LOG_LEVEL` in the environment never stop the program: a bad value is\n\
-         reported in one warning and passed over. Any other bad value is an error (exit code 2).\n",
+        "\nA bad value of `max-retries`, `retry-delay-ms` or `log-level` in the environment, under either name, never stops the program:\n\
+         it is reported in one warning and passed over. Any other bad value is an error (exit code 2).\n",
     );
     page
 }

@@ -100,10 +100,17 @@ pub enum BindError {
     #[error("{0} is already in use; choose another port (-port=8080), or find its user with: ss -ltnp 'sport = :{port}'", port = .0.port())]
     Taken(SocketAddr),
     /// Ports below `net.ipv4.ip_unprivileged_port_start` need a privilege.
-    #[error(
-        "no permission to listen on {0}; choose a port from 1024 up (-port=8080), or allow this one with any of: \
-         setcap cap_net_bind_service=+ep <this program>; sysctl net.ipv4.ip_unprivileged_port_start={port}; sudo",
-        port = .0.port()
+    #[cfg_attr(
+        target_os = "linux",
+        error(
+            "no permission to listen on {0}; choose a port from 1024 up (-port=8080), or allow this one with any of: \
+             setcap cap_net_bind_service=+ep <this program>; sysctl net.ipv4.ip_unprivileged_port_start={port}; sudo",
+            port = .0.port()
+        )
+    )]
+    #[cfg_attr(
+        not(target_os = "linux"),
+        error("no permission to listen on {0}; choose a port from 1024 up (-port=8080)")
     )]
     Forbidden(SocketAddr),
     /// Anything else.

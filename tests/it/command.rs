@@ -6,7 +6,7 @@ use std::process::Stdio;
 use kube_tunnel::testing::{FakeCluster, Identity};
 
 use crate::app::PATIENCE;
-use crate::program::{Lines, Running, kubeconfig, path, program, run};
+use crate::program::{Lines, Running, kubeconfig, path, program, run, run_command};
 
 #[tokio::test]
 async fn mistakes_end_with_one_line_and_the_right_code() {
@@ -104,6 +104,15 @@ async fn help_version_config_and_cleanup_succeed() {
             .await
             .stdout
             .contains("port = 8080 # --port")
+    );
+    let mut careless = program(&["config"]);
+    let done = run_command(careless.env("PROXY_MAX_RETRIES", "many")).await;
+    assert_eq!(done.status, Some(0));
+    assert!(
+        done.stdout.contains("max-retries = 3") && done.stderr.contains("PROXY_MAX_RETRIES"),
+        "{}{}",
+        done.stdout,
+        done.stderr
     );
     let cleanup = run(&["-cleanup"]).await;
     assert!(
