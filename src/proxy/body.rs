@@ -49,16 +49,33 @@ impl ClientBody {
     }
 }
 
+/// Polls a body that comes over HTTP/2 for its next frame. The HTTP library takes a reset with NO_ERROR for the end of the body. It
+/// is one only behind an END_STREAM, or the length that was told (RFC 9113 section 8.1); proxies reset answers so whose own
+/// source has failed.
+pub(crate) fn poll_http2_frame(
+    body: &mut Incoming,
+    cx: &mut Context<'_>,
+) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+    let frame = ready!(Pin::new(&mut *body).poll_frame(cx));
+    if frame.is_none() && !body.is_end_stream() && body.size_hint().exact() != Some(0) {
+        return Poll::Ready(Some(Err("the stream was reset before its end (NO_ERROR)".into())));
+    }
+    Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
+}
+
 impl Body for ClientBody {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = BoxError;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         self.asked = true;
-        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        let frame = match &self.front {
+            Some(_) => ready!(Pin::new(&mut self.body).poll_frame(cx)).map(|frame| frame.map_err(Into::into)),
+            None => ready!(poll_http2_frame(&mut self.body, cx)),
+        };
         // Nothing follows trailers, and nobody has to ask whether anything does.
         let last = matches!(&frame, Some(Ok(frame)) if frame.is_trailers());
         if last || frame.is_none() || self.body.is_end_stream() {
@@ -157,10 +174,11 @@ impl ResponseBody {
 }
 
 impl Passed {
-    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    /// Polls for the next frame; there is none once the lease has gone.
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         match &mut self.lease {
             Some(lease) => lease.poll_frame(&mut self.body, cx),
-            None => Pin::new(&mut self.body).poll_frame(cx),
+            None => Poll::Ready(None),
         }
     }
 
@@ -173,7 +191,7 @@ impl Passed {
         }
     }
 
-    fn observe(&mut self, frame: Option<&Result<Frame<Bytes>, hyper::Error>>) {
+    fn observe(&mut self, frame: Option<&Result<Frame<Bytes>, BoxError>>) {
         match frame {
             None => self.finish(Outcome::Complete),
             Some(Err(error)) => {
@@ -210,7 +228,7 @@ impl Body for ResponseBody {
             Self::Upstream(passed) => {
                 let frame = ready!(passed.poll_frame(cx));
                 passed.observe(frame.as_ref());
-                Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
+                Poll::Ready(frame)
             }
         }
     }

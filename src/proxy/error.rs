@@ -105,6 +105,9 @@ pub enum Error {
     /// What the pod sent is not the protocol that was spoken to it.
     #[error("{0} does not answer in {1} ({2}); check the Service's appProtocol and the port")]
     Protocol(Target, &'static str, String),
+    /// The pod has an answer where the client can only understand another protocol than HTTP, or a refusal.
+    #[error("{0} answers {1} instead of switching to the protocol that was asked for; check the path")]
+    NotSwitched(Target, StatusCode),
     /// The pod coded its answer for this one hop in a way that the proxy cannot undo, and therefore cannot pass on.
     #[error(
         "{0} answers with Transfer-Encoding: {1}, of which only chunked is understood; let it say Content-Encoding instead"
@@ -174,7 +177,7 @@ impl Error {
             Self::Handshake(..) | Self::Refused(..) => (502, grpc::UNAVAILABLE, "UF"),
             Self::NotProcessed(..) => (503, grpc::UNAVAILABLE, "UR"),
             Self::StreamReset(_, reason) => (502, reset_status(*reason), "UR"),
-            Self::Protocol(..) | Self::Coding(..) => (502, grpc::INTERNAL, "UPE"),
+            Self::Protocol(..) | Self::NotSwitched(..) | Self::Coding(..) => (502, grpc::INTERNAL, "UPE"),
             Self::UnknownCoding => (501, grpc::UNIMPLEMENTED, "NR"),
             Self::Reset(..) => (502, grpc::UNAVAILABLE, "UC"),
             Self::ClientGone => (400, grpc::CANCELLED, "DC"),
@@ -191,11 +194,7 @@ impl Error {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Handshake(..)
-            | Self::Refused(..)
-            | Self::NotProcessed(..)
-            | Self::Reset(..)
-            | Self::StreamReset(..) => true,
+            Self::Refused(..) | Self::NotProcessed(..) | Self::Reset(..) | Self::StreamReset(..) => true,
             Self::Connect(_, error) => {
                 matches!(
                     error,

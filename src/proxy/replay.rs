@@ -59,8 +59,9 @@ struct State {
     size: usize,
     /// Whether something was read that is not kept.
     lost: bool,
-    /// Whether the client's body has ended.
+    /// Whether the client's body has ended, and whether that was before it was complete.
     ended: bool,
+    broken: bool,
 }
 
 impl Shared {
@@ -91,6 +92,7 @@ impl Replay {
             trailers: None,
             size: 0,
             lost: false,
+            broken: false,
         };
         Self {
             shared: Arc::new(Shared {
@@ -149,13 +151,19 @@ impl Replay {
         self.shared.lock().source.is_none()
     }
 
+    /// Whether the client broke off before its body was complete. What was read of it must not be taken for all of it.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.shared.lock().broken
+    }
+
     /// Keeps nothing from now on: the response has begun, and there will be no other attempt. Returns what must live until the
     /// response has ended if the body was not asked for; it will not be, and the connection cannot carry anything else.
     pub(crate) fn give_up(&self) -> Option<DropGuard> {
         let mut state = self.shared.lock();
         state.lost = true;
         state.kept = Vec::new();
-        let unasked = self.shared.expected && state.source.is_some();
+        let unread = |source: &ClientBody| !source.is_end_stream();
+        let unasked = self.shared.expected && !state.ended && state.source.as_ref().is_some_and(unread);
         unasked.then(|| {
             state.source = None;
             self.shared.over.clone().drop_guard()
@@ -239,12 +247,14 @@ impl RequestBody {
     }
 
     /// Notes a piece that was read for the first time.
-    fn note(&mut self, frame: Option<&Frame<Bytes>>) {
+    fn note(&mut self, frame: Option<&Result<Frame<Bytes>, BoxError>>) {
         let Some(shared) = &self.shared else { return };
         let mut state = shared.lock();
         match frame {
             None => state.ended = true,
-            Some(frame) => {
+            // Read once more, the body would just end (`hyper::body::Incoming`).
+            Some(Err(_)) => (state.broken, state.lost) = (true, true),
+            Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {
                     self.count.add(data.len());
                     state.size += data.len();
@@ -288,12 +298,8 @@ impl Body for RequestBody {
             return Poll::Ready(None);
         };
         let frame = ready!(Pin::new(source).poll_frame(cx));
-        match &frame {
-            Some(Ok(frame)) => self.note(Some(frame)),
-            None => self.note(None),
-            Some(Err(_)) => {}
-        }
-        Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
+        self.note(frame.as_ref());
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {

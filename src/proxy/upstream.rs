@@ -241,7 +241,11 @@ impl Shared {
                 Some(_) | None => Ok(Box::new(stream)),
             },
             Ok(Err(error)) if refuses_protocol(&error) => Err(other("TLS refused it")),
-            Ok(Err(error)) => Err(failed(error.to_string())),
+            Ok(Err(error)) if tls_error(&error).is_some() => Err(failed(error.to_string())),
+            Ok(Err(error)) => {
+                let broke = format!("the connection broke during the TLS handshake: {error}");
+                Err(unopened(ConnectError::Unavailable(broke)))
+            }
             Err(_) => Err(unopened(ConnectError::Timeout(peer.target.clone(), TLS_TIMEOUT))),
         }
     }
@@ -253,11 +257,15 @@ impl Stream for TlsStream<BoxStream> {
     }
 }
 
+/// Why TLS does not come about, if it is not that the connection broke.
+fn tls_error(error: &std::io::Error) -> Option<&rustls::Error> {
+    error.get_ref()?.downcast_ref()
+}
+
 /// Whether the other side of a handshake knows none of the protocols that were offered (RFC 7301 section 3.2).
 fn refuses_protocol(error: &std::io::Error) -> bool {
-    let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
     let refusal = rustls::Error::AlertReceived(rustls::AlertDescription::NoApplicationProtocol);
-    cause == Some(&refusal)
+    tls_error(error) == Some(&refusal)
 }
 
 /// Sends requests to pods. Clones share the pools.
@@ -454,8 +462,8 @@ fn failure(
     let http1 = matches!(peer.wire, Wire::Http1 | Wire::Http1Tls);
     let misunderstood = cause.is_http1().is_some_and(|answered| answered != http1) || wants_http1(&error);
     let error = classify(peer.target.clone(), peer.wire, &error, cause, reused);
-    // Nobody else's bytes go over a connection of HTTP/1.1 meanwhile.
-    let unwritten = http1 && !cause.has_written() && !matches!(error, Error::ClientGone);
+    // Nobody else's bytes go over a connection of HTTP/1.1 meanwhile. TLS may have written some and then failed all the same.
+    let unwritten = peer.wire == Wire::Http1 && !cause.has_written() && !matches!(error, Error::ClientGone);
     let untouched = returned || unwritten;
     Failure {
         error,

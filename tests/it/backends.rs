@@ -58,6 +58,19 @@ pub(crate) async fn raw(proxy: SocketAddr, request: &str) -> String {
 }
 
 #[tokio::test]
+async fn a_port_that_proves_not_to_speak_tls_is_asked_once() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let (address, seen) = scripted(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
+    let builder = cluster.workload("shop", "web").port("https", 443, 8443);
+    let _workload = builder.backend(move |_| address).create().unwrap();
+    let app = TestApp::start(&cluster).await;
+    let reply = fetch(app.address, "web.shop.svc.cluster.local:443", "/").await;
+    assert_eq!(reply.status, StatusCode::BAD_GATEWAY);
+    assert!(reply.text().starts_with("no TLS with "), "{}", reply.text());
+    assert_eq!(seen.load(Ordering::SeqCst), 1, "that does not pass");
+}
+
+#[tokio::test]
 async fn an_http10_backend_is_passed_on_in_the_proxys_version() {
     let cluster = FakeCluster::start().await.unwrap();
     let (address, _) = scripted(b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok").await;

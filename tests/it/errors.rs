@@ -206,6 +206,7 @@ async fn a_host_header_is_needed_and_only_one() {
     let app = TestApp::start(&cluster).await;
     for head in [
         "GET / HTTP/1.1\r\n\r\n",
+        "GET http://two.shop/ HTTP/1.1\r\n\r\n",
         "GET / HTTP/1.1\r\nHost: two.shop\r\nHost: none.shop\r\n\r\n",
     ] {
         let mut stream = tokio::net::TcpStream::connect(app.address).await.unwrap();

@@ -12,6 +12,7 @@ mod app;
 mod backends;
 mod client;
 mod command;
+mod cut;
 mod debug_log;
 mod early;
 mod errors;

@@ -146,6 +146,11 @@ pub(super) async fn exchange(
                 if choice.undecided {
                     context.upstream.learn(&target, wire);
                 }
+                let status = answer.response.status();
+                if extended && status.is_success() {
+                    // To the client that would mean that the other protocol has begun (RFC 8441 section 5).
+                    return Err(Error::NotSwitched(target, status));
+                }
                 headers::check_coding(&answer.response).map_err(|coding| Error::Coding(target, coding))?;
                 return Ok(Answered {
                     answer,
@@ -157,6 +162,9 @@ pub(super) async fn exchange(
         };
         record.reused = Some(reused);
         let replayable = pending.recover().await;
+        if pending.is_broken() {
+            return Err(Error::ClientGone);
+        }
         let (undecided, guessed) = (choice.undecided, choice.undecided && !hint.http2);
         let attempt = Attempt {
             method: pending.method(),
@@ -364,6 +372,11 @@ impl Pending {
             Some(body) => body.recover().await,
             None => true,
         }
+    }
+
+    /// Whether the client broke off before its body was complete.
+    fn is_broken(&self) -> bool {
+        self.body.as_ref().is_some_and(Replay::is_broken)
     }
 
     /// Whether its body is still being sent.

@@ -36,13 +36,17 @@ pub(in crate::proxy) fn authority<B>(request: &Request<B>) -> Result<String, Err
         return Err(Error::BadRequest("there is more than one Host field"));
     }
     let authority = match (request.uri().authority(), host) {
+        // RFC 9112 section 3.2 wants it whatever the form of the target.
+        (_, None) if request.version() == Version::HTTP_11 => {
+            return Err(Error::BadRequest("there is no Host field"));
+        }
         (Some(authority), _) => authority.as_str(),
         (None, Some(host)) => host
             .to_str()
             .map_err(|_| Error::BadRequest("the Host field is not text"))?
             .trim(),
         (None, None) if request.version() == Version::HTTP_10 => "",
-        (None, None) => return Err(Error::BadRequest("there is no Host field")),
+        (None, None) => return Err(Error::BadRequest("there is no :authority")),
     };
     if authority.contains('@') {
         // It may hold a password, which must reach neither log nor pod (RFC 9110 section 4.2.4).

@@ -8,7 +8,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use http::header::{
-    CONNECTION, HeaderMap, HeaderName, HeaderValue, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE,
+    CONNECTION, HeaderMap, HeaderName, HeaderValue, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, TE, UPGRADE,
 };
 use http::{Method, Request, Response, StatusCode, Version};
 use hyper::ext::Protocol;
@@ -86,7 +86,13 @@ impl Upgrade {
 
     /// Writes the wish into the head of the request to the pod, from which hop-by-hop fields are gone.
     pub(super) fn write(&self, headers: &mut HeaderMap) {
-        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        // RFC 9110 section 10.1.4: a sender of TE must also name it in Connection.
+        let options = if headers.contains_key(TE) {
+            "te, upgrade"
+        } else {
+            "upgrade"
+        };
+        headers.insert(CONNECTION, HeaderValue::from_static(options));
         headers.insert(UPGRADE, self.protocol.clone());
     }
 

@@ -84,10 +84,13 @@ pub(super) struct Pool {
     open: Arc<Load>,
 }
 
+/// A request that waits is told whether its connection was there already.
+type Waiting = oneshot::Sender<Result<(Stream, bool), Error>>;
+
 struct State {
     connections: Vec<Connection>,
     /// Requests that wait for the connection being opened.
-    waiting: Vec<oneshot::Sender<Result<Stream, Error>>>,
+    waiting: Vec<Waiting>,
     /// Whether one is being opened.
     opening: bool,
     /// Until when a new connection is not expected to be better than one that others are in the way of.
@@ -156,13 +159,13 @@ impl Pool {
                 let opening = Opening {
                     pool: self.clone(),
                     shared: shared.clone(),
+                    done: false,
                 };
                 shared.drain.spawn(opening.run());
             }
             waiting
         };
-        let stream = waiting.await.unwrap_or_else(|_| Err(shutting_down(&self.peer)))?;
-        Ok((stream, false))
+        waiting.await.unwrap_or_else(|_| Err(shutting_down(&self.peer)))
     }
 
     async fn connect(&self, shared: &Arc<Shared>) -> Result<Connection, Error> {
@@ -222,11 +225,13 @@ impl Pool {
 struct Opening {
     pool: Arc<Pool>,
     shared: Arc<Shared>,
+    /// Whether the pool knows already; another may run by then.
+    done: bool,
 }
 
 impl Opening {
     /// Opens connections until every request that waits has a stream.
-    async fn run(self) {
+    async fn run(mut self) {
         loop {
             let opened = self.pool.connect(&self.shared).await;
             let mut state = lock(&self.pool.state);
@@ -240,14 +245,14 @@ impl Opening {
                     for waiting in waiting {
                         // What others are in the way of is better than nothing.
                         let stream = state.any_stream(now).ok_or_else(|| error.clone());
-                        let _ = waiting.send(stream);
+                        let _ = waiting.send(stream.map(|stream| (stream, true)));
                     }
                 }
                 Ok(mut connection) => {
                     for waiting in waiting {
                         match connection.stream(now) {
                             // Gone with a client that left, the stream is free again.
-                            Some(stream) => drop(waiting.send(Ok(stream))),
+                            Some(stream) => drop(waiting.send(Ok((stream, false)))),
                             None => state.waiting.push(waiting),
                         }
                     }
@@ -255,6 +260,7 @@ impl Opening {
                 }
             }
             if state.waiting.is_empty() {
+                self.done = true;
                 state.opening = false; // under the lock, so that the next request starts an opening of its own
                 return;
             }
@@ -264,9 +270,9 @@ impl Opening {
 
 impl Drop for Opening {
     fn drop(&mut self) {
-        let mut state = lock(&self.pool.state);
-        if !state.waiting.is_empty() && state.opening {
+        if !self.done {
             // Cut off by shutdown or a panic.
+            let mut state = lock(&self.pool.state);
             state.opening = false;
             state.waiting.clear();
         }

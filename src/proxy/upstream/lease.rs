@@ -1,15 +1,15 @@
 //! What a response holds of the connection that it comes over.
 
 use std::fmt;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
-use http_body::{Body as _, Frame};
+use http_body::Frame;
 use hyper::body::Incoming;
 
 use crate::drain::Drain;
+use crate::proxy::body::{BoxError, poll_http2_frame};
 use crate::proxy::upstream::http1::{Connection, Pool};
 use crate::proxy::upstream::http2::Slot;
 
@@ -48,10 +48,13 @@ impl Lease {
         &mut self,
         body: &mut Incoming,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         match &mut self.0 {
-            Held::Http1(held) | Held::Retired(held) => held.1.poll_frame(body, cx),
-            Held::Http2(_) => Pin::new(body).poll_frame(cx),
+            Held::Http1(held) | Held::Retired(held) => {
+                let frame = ready!(held.1.poll_frame(body, cx));
+                Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
+            }
+            Held::Http2(_) => poll_http2_frame(body, cx),
         }
     }
 

@@ -42,6 +42,10 @@ const TRANSFER: usize = 4 << 20;
 /// A connection that moves this much in such a way makes more of the kind expected on its port.
 const LARGE: usize = 64 << 10;
 
+/// What HTTP/2 and TLS say before they close a connection is no use of it: at most so much for all that close, after a silence.
+const GOODBYES: usize = 4 << 10;
+const SILENCE: Duration = Duration::from_secs(1);
+
 /// A session is open to newcomers while it has so many workers that take connections, and takes none for good once so many
 /// have stood still with nobody left to wait for.
 const USABLE: usize = 3;
@@ -161,6 +165,8 @@ pub(super) struct State {
     probes: VecDeque<Instant>,
     /// When payload last moved.
     active_at: Instant,
+    /// What that was before, if nothing but so many bytes for pods has moved since a silence: no more than goodbyes, perhaps.
+    farewell: Option<(Instant, usize)>,
     /// Since when there have been connections.
     busy_since: Option<Instant>,
     /// Until when a bulk transfer keeps newcomers off.
@@ -222,6 +228,7 @@ impl State {
             probed_at: None,
             probes: VecDeque::new(),
             active_at: now,
+            farewell: None,
             busy_since: None,
             bulk_until: None,
             transfer_until: None,
@@ -387,7 +394,7 @@ impl State {
             self.apart_port = port;
         }
         self.busy_since.get_or_insert(now);
-        self.active_at = now;
+        (self.active_at, self.farewell) = (now, None);
         self.unplaced += 1;
         let failure = self.refuses.clone().map(|why| (io::ErrorKind::NotConnected, why));
         self.connections.insert(Entry {
@@ -491,6 +498,12 @@ impl State {
         let alone = self.live() == 0;
         if alone {
             self.busy_since = None;
+            let farewell = self.farewell.take();
+            if let Some((before, _)) = farewell
+                && now.duration_since(self.active_at) < SILENCE
+            {
+                self.active_at = before;
+            }
         }
         let stuck = place.is_some_and(|place| self.workers.is_stuck(place.class, now));
         if alone && (streaming || stuck) {

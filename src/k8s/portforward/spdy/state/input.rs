@@ -10,7 +10,7 @@ use crate::k8s::portforward::ports::{Behaviour, Size};
 use crate::k8s::portforward::spdy::entry::{Half, Ours, Outcome};
 use crate::k8s::portforward::spdy::frame::{Event, FrameError};
 use crate::k8s::portforward::spdy::state::output::{PAIR, PROBE};
-use crate::k8s::portforward::spdy::state::{BULK, BULK_SPAN, LARGE, RUN, State, TRANSFER};
+use crate::k8s::portforward::spdy::state::{BULK, BULK_SPAN, GOODBYES, LARGE, RUN, SILENCE, State, TRANSFER};
 
 impl State {
     /// Takes bytes from the peer.
@@ -151,10 +151,16 @@ impl State {
 
     /// Notes that payload has moved.
     pub(super) fn moved(&mut self, key: usize, bytes: usize, now: Instant) {
-        self.active_at = now;
         let Some(entry) = self.connections.get_mut(key) else {
             return;
         };
+        let silent = now.duration_since(self.active_at) >= SILENCE;
+        let before = self.farewell.filter(|_| !silent);
+        let before = before.or(silent.then_some((self.active_at, 0)));
+        self.farewell = before
+            .map(|(at, sent)| (at, sent + bytes))
+            .filter(|(_, sent)| entry.awaiting && *sent <= GOODBYES);
+        self.active_at = now;
         let (moved, since) = &mut entry.moved;
         if since.is_none_or(|since| now.duration_since(since) >= BULK_SPAN) {
             (*moved, *since) = (0, Some(now));

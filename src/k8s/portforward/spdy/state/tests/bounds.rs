@@ -382,6 +382,30 @@ fn a_session_is_unused_from_the_last_payload_on() {
 }
 
 #[test]
+fn a_goodbye_is_no_use_of_a_session() {
+    for (sent, answered, is_use) in [(17, false, false), (17, true, true), (64 << 10, false, true)] {
+        let (mut scene, keys) = shared(2);
+        scene.pass(Duration::from_millis(20));
+        let used_at = scene.state.load(scene.now).active_at;
+        scene.now += Duration::from_secs(600);
+        for &key in &keys {
+            scene.write(key, sent).unwrap().unwrap();
+            if answered {
+                scene.data(key, 1);
+            }
+            scene.state.shutdown(key, scene.now);
+            scene.state.detach(key, scene.now);
+        }
+        let active_at = scene.state.load(scene.now).active_at;
+        assert_eq!(
+            active_at,
+            if is_use { scene.now } else { used_at },
+            "{sent} {answered}"
+        );
+    }
+}
+
+#[test]
 fn small_writes_leave_in_one_frame_that_counts_as_one() {
     let (mut scene, keys) = shared(2);
     let (first, other) = (keys[0], keys[1]);
