@@ -261,17 +261,72 @@ fn read(config: &Config) -> Result<Option<Kubeconfig>, ConnectionError> {
             ))
         };
         match Kubeconfig::read_from(&path) {
-            Ok(next) => {
+            Ok(mut next) => {
+                unset_empty(&mut next);
                 let all = merged.unwrap_or_default().merge(next);
                 merged = Some(all.map_err(|error| bad(&error.to_string()))?);
             }
             Err(KubeconfigError::ReadConfig(error, _))
                 if explicit.is_none() && error.kind() == io::ErrorKind::NotFound => {}
             Err(KubeconfigError::ReadConfig(error, _)) => return Err(bad(&error.to_string())),
+            // The parser's own words show the lines around the mistake, and these may hold a token or a password.
+            Err(KubeconfigError::Parse(error)) => {
+                let place = error.location().map_or_else(String::new, |place| {
+                    format!(" at line {}, column {}", place.line(), place.column())
+                });
+                return Err(bad(&format!("it is not a kubeconfig{place}")));
+            }
             Err(error) => return Err(bad(&error.to_string())),
         }
     }
     Ok(merged)
+}
+
+/// Unsets what is empty: to client-go that is the same, and kubectl itself writes `current-context: ""`.
+fn unset_empty(file: &mut Kubeconfig) {
+    fn unset<const N: usize>(values: [&mut Option<String>; N]) {
+        for value in values {
+            value.take_if(|value| value.is_empty());
+        }
+    }
+    // Paths have been joined to the file's folder by then.
+    fn unset_paths<const N: usize>(paths: [&mut Option<String>; N]) {
+        for path in paths {
+            path.take_if(|path| path.is_empty() || path.ends_with(std::path::is_separator));
+        }
+    }
+    unset([&mut file.current_context]);
+    for cluster in file
+        .clusters
+        .iter_mut()
+        .filter_map(|named| named.cluster.as_mut())
+    {
+        unset([
+            &mut cluster.tls_server_name,
+            &mut cluster.certificate_authority_data,
+            &mut cluster.proxy_url,
+        ]);
+        unset_paths([&mut cluster.certificate_authority]);
+    }
+    for user in file
+        .auth_infos
+        .iter_mut()
+        .filter_map(|named| named.auth_info.as_mut())
+    {
+        unset([&mut user.client_certificate_data, &mut user.impersonate]);
+        unset_paths([
+            &mut user.token_file,
+            &mut user.client_certificate,
+            &mut user.client_key,
+        ]);
+    }
+    for context in file
+        .contexts
+        .iter_mut()
+        .filter_map(|named| named.context.as_mut())
+    {
+        unset([&mut context.namespace]);
+    }
 }
 
 fn default_path(account: &Account) -> Option<PathBuf> {
@@ -341,11 +396,65 @@ where
 }
 
 #[cfg(all(test, unix))]
+#[expect(
+    clippy::unwrap_used,
+    reason = "a failed step fails the test, and the panic says where"
+)]
 mod tests {
     use super::*;
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
     use tokio::time::Instant;
+
+    /// Writes a kubeconfig, and returns the configuration that names it.
+    fn kubeconfig(folder: &tempfile::TempDir, text: &str) -> Config {
+        let path = folder.path().join("kubeconfig");
+        fs::write(&path, text).unwrap();
+        Config {
+            kubeconfig: Some(path),
+            ..crate::k8s::scripted::config()
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_empty_is_not_set() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = "apiVersion: v1\nkind: Config\ncurrent-context: ''\n\
+                    clusters: [{name: c, cluster: {server: 'http://127.0.0.1:1', certificate-authority: '', certificate-authority-data: '', \
+                    tls-server-name: '', proxy-url: ''}}]\n\
+                    users: [{name: u, user: {tokenFile: '', client-certificate: '', client-key: '', client-certificate-data: ''}}]\n";
+        let read = read(&kubeconfig(&folder, text)).unwrap().unwrap();
+        assert_eq!(read.current_context, None);
+        let cluster = read.clusters[0].cluster.as_ref().unwrap();
+        let of_cluster = [
+            &cluster.certificate_authority,
+            &cluster.certificate_authority_data,
+            &cluster.tls_server_name,
+            &cluster.proxy_url,
+        ];
+        let user = read.auth_infos[0].auth_info.as_ref().unwrap();
+        let of_user = [
+            &user.token_file,
+            &user.client_certificate,
+            &user.client_key,
+            &user.client_certificate_data,
+        ];
+        let set: Vec<_> = of_cluster.into_iter().chain(of_user).flatten().collect();
+        assert_eq!(set, Vec::<&String>::new());
+    }
+
+    #[tokio::test]
+    async fn a_mistake_in_a_kubeconfig_is_placed_without_what_stands_around_it() {
+        let folder = tempfile::tempdir().unwrap();
+        for text in [
+            "apiVersion: v1\nusers:\n- name: u\n  user:\n    token: SECRET\n   password: SECRET\n",
+            "apiVersion: v1\nusers:\n- name: u\n  user:\n    client-certificate: [SECRET]\n    token: SECRET\n",
+        ] {
+            let error = Cluster::load(&kubeconfig(&folder, text)).await.unwrap_err();
+            let text = error.to_string();
+            assert!(text.contains(" at line ") && !text.contains("SECRET"), "{text}");
+        }
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_plugin_that_hangs_does_not_hold_a_call_for_ever() {
@@ -359,7 +468,6 @@ mod tests {
         );
         fs::write(&plugin, script).unwrap();
         fs::set_permissions(&plugin, fs::Permissions::from_mode(0o755)).unwrap();
-        let kubeconfig = folder.path().join("kubeconfig");
         let exec = format!(
             "{{apiVersion: client.authentication.k8s.io/v1, command: '{}', interactiveMode: Never}}",
             plugin.display()
@@ -368,12 +476,7 @@ mod tests {
             "apiVersion: v1\nkind: Config\ncurrent-context: c\ncontexts: [{{name: c, context: {{cluster: c, user: u}}}}]\n\
              clusters: [{{name: c, cluster: {{server: 'http://127.0.0.1:1'}}}}]\nusers: [{{name: u, user: {{exec: {exec}}}}}]\n"
         );
-        fs::write(&kubeconfig, text).unwrap();
-        let config = Config {
-            kubeconfig: Some(kubeconfig),
-            ..crate::k8s::scripted::config()
-        };
-        let cluster = Cluster::load(&config).await.unwrap();
+        let cluster = Cluster::load(&kubeconfig(&folder, &text)).await.unwrap();
         fs::write(&marker, "").unwrap();
         let (call, begun) = (cluster.check(), Instant::now());
         tokio::pin!(call);

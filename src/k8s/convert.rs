@@ -137,6 +137,12 @@ fn merge(known: &mut Endpoint, mut other: Endpoint) {
     known.addresses.extend(other.addresses);
     known.addresses.sort_unstable();
     known.addresses.dedup();
+    if other.ready {
+        // Subsets of Endpoints, and slices written by hand, may divide the ports of one pod among them.
+        for (name, port) in other.ports {
+            known.ports.entry(name).or_insert(port);
+        }
+    }
 }
 
 fn slice_ports(ports: &[EndpointPort]) -> BTreeMap<String, u16> {
@@ -248,7 +254,10 @@ fn pod_port(port: &ServicePort, pod: &Pod) -> Option<u16> {
         PortRef::Number(number) => return Some(*number),
         PortRef::Name(name) => name,
     };
-    let containers = pod.spec.as_ref()?.containers.iter();
+    let spec = pod.spec.as_ref()?;
+    let sidecars = spec.init_containers.iter().flatten();
+    let sidecars = sidecars.filter(|container| container.restart_policy.as_deref() == Some("Always"));
+    let containers = spec.containers.iter().chain(sidecars);
     let mut ports = containers.flat_map(|container| container.ports.iter().flatten());
     let found = ports.find(|port| {
         port.name.as_deref() == Some(name) && port.protocol.as_deref().unwrap_or("TCP") == "TCP"

@@ -120,7 +120,8 @@ impl Shared {
         if let Some(file) = &self.token_file {
             return Ok(file.renew(generation));
         }
-        if self.config.auth_info.exec.is_none() && self.config.auth_info.auth_provider.is_none() {
+        // kube renews those of an auth provider by itself; made anew, they would begin with a refresh token that has been used.
+        if self.config.auth_info.exec.is_none() {
             return Ok(false);
         }
         let mut renewed = self.renewed.clone().lock_owned().await;

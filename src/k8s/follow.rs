@@ -1,5 +1,5 @@
 //! Follows one narrow list of objects: list, then watch from that list's version; or read again and again where watching
-//! is refused. Yields the whole list each time it changed; the lists are one Service, or the few slices of one.
+//! is refused, and try to watch again now and then. Yields the whole list each time it changed; the lists are one Service, or the few slices of one.
 //!
 //! A Service is listed by its name and not fetched with a GET: a list carries the collection's resourceVersion, from which a
 //! watch starts without a gap, while the version of a single object is usually older than what the server still remembers.
@@ -25,6 +25,10 @@ const LONGEST_DELAY: Duration = Duration::from_secs(5);
 
 /// The status of a watch whose version the server does not remember any more.
 const GONE: u16 = 410;
+
+/// How long a refusal of the better means counts. It may have been the moment of a server that has just started, or of a role
+/// that was being replaced.
+const REFUSED: Duration = Duration::from_mins(10);
 
 /// A list asked for out of turn comes at most this often.
 const SHORTEST_POLL: Duration = Duration::from_millis(250);
@@ -65,6 +69,7 @@ where
         pace,
         recheck,
         mode,
+        refused_at: None,
         listed: BTreeMap::new(),
         staged: BTreeMap::new(),
         wait: None,
@@ -113,6 +118,8 @@ struct Follower<K> {
     /// Asks for a list before its time.
     recheck: Recheck,
     mode: Mode<K>,
+    /// When better means were refused, if they were.
+    refused_at: Option<Instant>,
     /// The list as last yielded, by name.
     listed: BTreeMap<String, K>,
     /// The list that a watch is delivering.
@@ -137,6 +144,10 @@ where
     async fn next(&mut self) -> Result<Vec<K>, kube::Error> {
         loop {
             self.wait().await;
+            if self.refused_at.is_some_and(|at| at.elapsed() >= REFUSED) {
+                self.refused_at = None;
+                self.mode = Mode::watch(&self.api, &self.selection);
+            }
             match self.step().await {
                 Ok(Some(list)) => return Ok(list),
                 Ok(None) => {}
@@ -248,6 +259,7 @@ where
             (Mode::Watch { .. } | Mode::List, Selection::Name(name)) => Mode::Get(name.clone()),
             _ => return false,
         };
+        self.refused_at.get_or_insert_with(Instant::now);
         true
     }
 }

@@ -10,6 +10,9 @@ use rcgen::{
     BasicConstraints, Certificate, CertificateParams, CidrSubnet, DnType, GeneralSubtree, IsCa, Issuer,
     KeyPair, KeyUsagePurpose, NameConstraints, date_time_ymd,
 };
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use tracing::warn;
 
 use crate::name::ClusterDomain;
 use crate::tls::Error;
@@ -46,9 +49,15 @@ impl CertificateAuthority {
             reason: error.to_string(),
         };
         let key = KeyPair::from_pem(&key).map_err(damaged)?;
+        let made = || Ok::<_, Error>(params(zone)?.self_signed(&key)?.pem());
         let pem = match read(&certificate_path)? {
-            Some(pem) => pem,
-            None => keep_first(&certificate_path, &params(zone)?.self_signed(&key)?.pem())?,
+            None => keep_first(&certificate_path, &made()?)?,
+            Some(pem) if is_of(&pem, &key) => pem,
+            Some(_) => {
+                // The key was deleted, so that nothing that it signed is of any use.
+                warn!(path = %certificate_path.display(), "the authority's key is another one; its certificate is made anew, trust it again");
+                replace(&certificate_path, &made()?)?
+            }
         };
         Ok(Self {
             issuer: Issuer::new(params(zone)?, key),
@@ -122,14 +131,39 @@ fn read(path: &Path) -> Result<Option<String>, Error> {
     }
 }
 
+/// Tells whether a certificate is that of a key.
+fn is_of(pem: &str, key: &KeyPair) -> bool {
+    let public = key.public_key_raw();
+    let is_in =
+        |certificate: &CertificateDer<'_>| certificate.windows(public.len()).any(|part| part == public);
+    CertificateDer::from_pem_slice(pem.as_bytes()).is_ok_and(|certificate| is_in(&certificate))
+}
+
+/// Writes `text` in place of what is there, and returns it. The file appears whole.
+fn replace(path: &Path, text: &str) -> Result<String, Error> {
+    let written = beside(path, text).and_then(|file| Ok(file.persist(path)?));
+    match written {
+        Ok(_) => Ok(text.into()),
+        Err(source) => Err(Error::File {
+            path: path.into(),
+            source,
+        }),
+    }
+}
+
+/// Writes a file beside `path`, to take its place; readable by its owner only.
+fn beside(path: &Path, text: &str) -> io::Result<tempfile::NamedTempFile> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(folder)?;
+    file.write_all(text.as_bytes())?;
+    file.as_file().sync_all()?;
+    Ok(file)
+}
+
 /// Writes `text` unless somebody else has written the file meanwhile, and returns what is there. The file appears whole.
 fn keep_first(path: &Path, text: &str) -> Result<String, Error> {
     let write = || -> io::Result<bool> {
-        let folder = path.parent().unwrap_or(Path::new("."));
-        let mut file = tempfile::NamedTempFile::new_in(folder)?; // readable by its owner only
-        file.write_all(text.as_bytes())?;
-        file.as_file().sync_all()?;
-        match file.persist_noclobber(path) {
+        match beside(path, text)?.persist_noclobber(path) {
             Ok(_) => Ok(true),
             Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
             Err(error) => Err(error.error),
@@ -176,6 +210,19 @@ mod tests {
             let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
             assert_eq!((mode(&folder.join(KEY)), mode(&folder)), (0o600, 0o700));
         }
+    }
+
+    #[test]
+    fn a_new_key_gets_a_certificate_of_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let zone = ClusterDomain::default();
+        let first = CertificateAuthority::open(folder.path(), &zone).unwrap();
+        fs::remove_file(folder.path().join(KEY)).unwrap();
+        let second = CertificateAuthority::open(folder.path(), &zone).unwrap();
+        assert_ne!(first.pem(), second.pem());
+        assert!(is_of(second.pem(), second.issuer.key()));
+        let exported = fs::read_to_string(CertificateAuthority::certificate_path(folder.path())).unwrap();
+        assert_eq!(exported, second.pem());
     }
 
     #[test]

@@ -10,7 +10,6 @@ use rustls::crypto::aws_lc_rs::sign::any_ecdsa_type;
 use rustls::pki_types::PrivateKeyDer;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::{CertifiedKey, SigningKey};
-use tokio::time::Instant;
 
 use crate::tls::{CertificateAuthority, Error};
 
@@ -32,8 +31,9 @@ pub struct Leaves {
     /// One key for all: a certificate then costs one signature.
     key: KeyPair,
     signing: Arc<dyn SigningKey>,
-    /// By name; the empty name is this machine.
-    kept: Mutex<BTreeMap<String, (Arc<CertifiedKey>, Instant)>>,
+    /// By name, with the time at which they were made; the empty name is this machine. By the clock that clients judge them by:
+    /// another one may stand still while the machine sleeps.
+    kept: Mutex<BTreeMap<String, (Arc<CertifiedKey>, SystemTime)>>,
 }
 
 impl fmt::Debug for Leaves {
@@ -63,14 +63,14 @@ impl Leaves {
     }
 
     /// Returns the certificate for a server name; without one, that of this machine.
-    fn certificate(&self, name: &str) -> Result<Arc<CertifiedKey>, Error> {
+    fn certificate(&self, name: &str, now: SystemTime) -> Result<Arc<CertifiedKey>, Error> {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((certificate, made)) = kept.get(name)
-            && made.elapsed() < IN_USE
+            && now.duration_since(*made).is_ok_and(|age| age < IN_USE)
         {
             return Ok(certificate.clone());
         }
-        let certificate = Arc::new(self.issue(name)?);
+        let certificate = Arc::new(self.issue(name, now)?);
         if kept.len() >= KEPT {
             let oldest = kept
                 .iter()
@@ -78,11 +78,11 @@ impl Leaves {
                 .map(|(name, _)| name.clone());
             oldest.and_then(|name| kept.remove(&name));
         }
-        kept.insert(name.to_owned(), (certificate.clone(), Instant::now()));
+        kept.insert(name.to_owned(), (certificate.clone(), now));
         Ok(certificate)
     }
 
-    fn issue(&self, name: &str) -> Result<CertifiedKey, Error> {
+    fn issue(&self, name: &str, now: SystemTime) -> Result<CertifiedKey, Error> {
         let names = match name {
             "" | "localhost" => ["localhost", "127.0.0.1", "::1"].map(str::to_owned).into(),
             name => vec![name.to_owned()],
@@ -94,7 +94,6 @@ impl Leaves {
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         params.use_authority_key_identifier_extension = true;
-        let now = SystemTime::now();
         params.not_before = (now - CLOCK_SKEW).into();
         params.not_after = (now + VALIDITY).into();
         let certificate = self.authority.sign(&params, &self.key)?;
@@ -108,12 +107,31 @@ impl Leaves {
 impl ResolvesServerCert for Leaves {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         let name = hello.server_name().unwrap_or_default().to_ascii_lowercase();
-        match self.certificate(&name) {
+        match self.certificate(&name, SystemTime::now()) {
             Ok(certificate) => Some(certificate),
             Err(error) => {
                 tracing::debug!(%error, name, "no certificate for this name");
                 None // rustls answers with an alert
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::name::ClusterDomain;
+
+    #[test]
+    fn a_certificate_is_in_use_until_clients_could_see_it_run_out() {
+        let authority = CertificateAuthority::ephemeral(&ClusterDomain::default()).unwrap();
+        let (leaves, now) = (Leaves::new(authority).unwrap(), SystemTime::now());
+        let first = leaves.certificate("web.shop", now).unwrap();
+        let is_first = |now| Arc::ptr_eq(&leaves.certificate("web.shop", now).unwrap(), &first);
+        assert!(is_first(now + IN_USE - Duration::from_secs(1)));
+        assert!(!is_first(now + IN_USE));
+        let second = leaves.certificate("web.shop", now + IN_USE).unwrap();
+        let earlier = leaves.certificate("web.shop", now).unwrap();
+        assert!(!Arc::ptr_eq(&second, &earlier), "it may be from the future");
     }
 }

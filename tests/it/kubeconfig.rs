@@ -53,7 +53,9 @@ async fn a_list_of_files_is_merged_and_missing_ones_are_passed_over() {
         "rest",
         &whole.replace("current-context: fake", "current-context: other"),
     );
-    let list = format!("{context}:{}/missing:{rest}", folder.path().display());
+    // kubectl writes this where there is none.
+    let empty = file("empty", "apiVersion: v1\nkind: Config\ncurrent-context: \"\"\n");
+    let list = format!("{empty}:{context}:{}/missing:{rest}", folder.path().display());
     let mut command = program(&["-port=0"]);
     let mut running = Running(
         command

@@ -294,6 +294,33 @@ async fn endpointslices_that_are_refused_later_are_replaced_by_pods() {
 }
 
 #[tokio::test]
+async fn endpointslices_that_are_refused_for_a_moment_are_read_again() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = web(&cluster, 2);
+    let forward = Rule::new(&["get", "create"], &["pods/portforward"]);
+    let services = Rule::new(&["get", "list", "watch"], &["services"]);
+    let slices = Rule::new(&["get", "list", "watch"], &["endpointslices"]);
+    let all = [forward.clone(), services.clone(), slices];
+    let identity = user(&cluster, &all);
+    let app = TestApp::start_as(&cluster, &identity).await;
+    assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
+
+    user(&cluster, &[forward, services]);
+    cluster.restart();
+    cluster.clear_calls();
+    eventually("a refusal", || {
+        cluster
+            .calls()
+            .iter()
+            .any(|call| call.resource == "endpointslices")
+    })
+    .await;
+    user(&cluster, &all);
+    cluster.set_ready("shop", &workload.pods[0].name, false);
+    wait_for_pods(&app, &[&workload.pods[1].name]).await;
+}
+
+#[tokio::test]
 async fn a_request_that_finds_no_ready_pod_waits_for_one() {
     let cluster = FakeCluster::start().await.unwrap();
     let workload = web(&cluster, 1);

@@ -99,6 +99,37 @@ fn a_pod_in_slices_of_both_families_is_one_endpoint() {
 }
 
 #[test]
+fn slices_may_divide_the_ports_of_one_pod() {
+    let mut other = slice("IPv4", &[("a", true), ("b", false)]);
+    let mut ports = other.ports.take().unwrap();
+    (ports[0].name, ports[0].port) = (Some("grpc".into()), Some(9090));
+    other.ports = Some(ports);
+    let slices = [slice("IPv4", &[("a", true), ("b", true)]), other];
+    let ports: Vec<Vec<(String, u16)>> = endpoints_from_slices(&slices, &mut Loads::new())
+        .iter()
+        .map(|endpoint| endpoint.ports.clone().into_iter().collect())
+        .collect();
+    let (http, grpc) = (("http".to_owned(), 8080), ("grpc".to_owned(), 9090));
+    assert_eq!(ports, [vec![grpc, http.clone()], vec![http]], "where it is ready");
+}
+
+#[test]
+fn a_named_port_may_be_a_sidecars() {
+    let spec = json!({"spec": {"initContainers": [
+        {"name": "sidecar", "restartPolicy": "Always", "ports": [{"name": "tls", "containerPort": 8443}]},
+        {"name": "once", "ports": [{"name": "set-up", "containerPort": 1}]},
+    ]}});
+    let ports = json!([
+        {"name": "a", "port": 443, "targetPort": "tls"},
+        {"name": "b", "port": 81, "targetPort": "set-up"},
+    ]);
+    let service = service(web(), &object(&json!({"ports": ports})));
+    let found = endpoints_from_pods(&service, &[pod("x", &spec)], &mut Loads::new());
+    let ports: Vec<_> = found[0].ports.iter().collect();
+    assert_eq!(ports, [(&"a".to_owned(), &8443)]);
+}
+
+#[test]
 fn session_affinity_lasts_as_long_as_the_service_says() {
     let affinity = |spec: Value| service(web(), &object(&spec)).affinity.map(|time| time.as_secs());
     assert_eq!(affinity(json!({})), None);

@@ -31,6 +31,10 @@ const PREPARED: usize = 3;
 /// How lately somebody must have asked for the Service.
 const LATELY: Duration = Duration::from_mins(1);
 
+/// For how long EndpointSlices may be refused that could be read before, without pods being read instead: an API server that has
+/// just started does not know all roles yet, and a role that is being replaced is back in a moment.
+const MOMENT: Duration = Duration::from_secs(5);
+
 /// Where endpoints are read.
 enum Endpoints {
     /// From EndpointSlices.
@@ -78,6 +82,8 @@ pub(super) struct Follower {
     listed: Option<Listed>,
     /// Why EndpointSlices cannot be read.
     refused: Option<LookupError>,
+    /// Since when they cannot, where they could before.
+    refused_since: Option<Instant>,
     loads: Loads,
     /// The pods as last seen, and whether they were ending.
     pods_seen: BTreeMap<PodRef, bool>,
@@ -121,6 +127,7 @@ impl Follower {
             object: None,
             listed: None,
             refused: None,
+            refused_since: None,
             loads: Loads::new(),
             pods_seen: BTreeMap::new(),
             pools,
@@ -179,14 +186,18 @@ impl Follower {
                 self.object = Some(found.into_iter().next());
                 self.follow_pods();
             }
-            News::Slices(Ok(slices)) => self.listed = Some(Listed::Slices(slices)),
+            News::Slices(Ok(slices)) => {
+                self.refused_since = None;
+                self.listed = Some(Listed::Slices(slices));
+            }
             News::Pods(Ok(pods)) => self.listed = Some(Listed::Pods(pods)),
             News::Slices(Err(error)) if error::kind(&error) == Kind::Forbidden => {
-                debug!(service = %self.name, reason = error::message(&error), "reading pods instead of EndpointSlices");
-                self.refused = Some(error::lookup_error(&error));
-                self.endpoints = Endpoints::Unknown;
-                self.follow_pods();
-                return self.answer();
+                let now = Instant::now();
+                let since = *self.refused_since.get_or_insert(now);
+                if self.told == Told::View && now.duration_since(since) < MOMENT {
+                    return self.fail(source, &error);
+                }
+                return self.read_pods(error::lookup_error(&error));
             }
             News::Service(Err(error)) | News::Slices(Err(error)) | News::Pods(Err(error)) => {
                 return self.fail(source, &error);
@@ -195,6 +206,16 @@ impl Follower {
         if self.outage.recovered(source) {
             info!(service = %self.name, "the service is followed again");
         }
+        self.answer();
+    }
+
+    /// Reads pods from now on, since EndpointSlices are refused.
+    fn read_pods(&mut self, refused: LookupError) {
+        debug!(service = %self.name, reason = refused.message, "reading pods instead of EndpointSlices");
+        self.refused = Some(refused);
+        self.outage.recovered(Source::Endpoints);
+        self.endpoints = Endpoints::Unknown;
+        self.follow_pods();
         self.answer();
     }
 

@@ -1,3 +1,4 @@
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use k8s_openapi::api::core::v1::Service;
@@ -72,6 +73,36 @@ async fn a_watch_that_was_refused_for_a_while_says_so_when_it_runs_again() {
     following.next().await.unwrap().unwrap();
     following.next().await.unwrap().unwrap_err();
     following.next().await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_watch_that_was_refused_is_tried_again_later() {
+    let watches = Arc::new(AtomicUsize::new(0));
+    let counted = watches.clone();
+    let script = move |line: &str| match line.contains("watch=") {
+        true => {
+            counted.fetch_add(1, Ordering::Relaxed);
+            scripted::forbidden()
+        }
+        false => scripted::empty_list(),
+    };
+    let cluster = scripted::cluster(scripted::config(), script).await;
+    let (recheck, mut following) = following(&cluster, LONG);
+    let mut list = async || {
+        recheck.send_replace(());
+        following.next().await.unwrap().unwrap();
+    };
+    for _ in 0..3 {
+        list().await;
+    }
+    assert_eq!(watches.load(Ordering::Relaxed), 1);
+    tokio::time::pause();
+    tokio::time::advance(REFUSED).await;
+    tokio::time::resume();
+    for _ in 0..3 {
+        list().await;
+    }
+    assert_eq!(watches.load(Ordering::Relaxed), 2);
 }
 
 #[test]
