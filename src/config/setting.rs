@@ -212,7 +212,7 @@ pub static MAX_CONNECTIONS_PER_POD: Setting = Setting::new(
     Some("1000"),
     "How many HTTP/1.1 connections one port of one pod may have, each of which carries one request at a time",
     "Each costs the node memory and file descriptors. Further requests wait in order, each for `ready-timeout` at most. \
-     HTTP/2 shares one connection.",
+     HTTP/2 shares one connection, or up to four where others are in the way of it.",
 );
 /// The size of a request's header fields.
 pub static MAX_HEADER_BYTES: Setting = Setting::new(

@@ -15,6 +15,7 @@ use hyper_util::rt::TokioExecutor;
 use kube::client::{ClientBuilder, ConfigExt};
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Client, Config as KubeConfig};
+use secrecy::{ExposeSecret, SecretString};
 use tower::timeout::TimeoutLayer;
 use tower::{BoxError, ServiceBuilder, ServiceExt};
 
@@ -295,6 +296,11 @@ fn unset_empty(file: &mut Kubeconfig) {
             path.take_if(|path| path.is_empty() || path.ends_with(std::path::is_separator));
         }
     }
+    fn unset_secrets<const N: usize>(secrets: [&mut Option<SecretString>; N]) {
+        for secret in secrets {
+            secret.take_if(|secret| secret.expose_secret().is_empty());
+        }
+    }
     unset([&mut file.current_context]);
     for cluster in file
         .clusters
@@ -313,7 +319,12 @@ fn unset_empty(file: &mut Kubeconfig) {
         .iter_mut()
         .filter_map(|named| named.auth_info.as_mut())
     {
-        unset([&mut user.client_certificate_data, &mut user.impersonate]);
+        unset([
+            &mut user.client_certificate_data,
+            &mut user.username,
+            &mut user.impersonate,
+        ]);
+        unset_secrets([&mut user.client_key_data, &mut user.token, &mut user.password]);
         unset_paths([
             &mut user.token_file,
             &mut user.client_certificate,
@@ -422,7 +433,8 @@ mod tests {
         let text = "apiVersion: v1\nkind: Config\ncurrent-context: ''\n\
                     clusters: [{name: c, cluster: {server: 'http://127.0.0.1:1', certificate-authority: '', certificate-authority-data: '', \
                     tls-server-name: '', proxy-url: ''}}]\n\
-                    users: [{name: u, user: {tokenFile: '', client-certificate: '', client-key: '', client-certificate-data: ''}}]\n";
+                    users: [{name: u, user: {tokenFile: '', client-certificate: '', client-key: '', \
+                    client-certificate-data: '', client-key-data: '', token: '', username: '', password: ''}}]\n";
         let read = read(&kubeconfig(&folder, text)).unwrap().unwrap();
         assert_eq!(read.current_context, None);
         let cluster = read.clusters[0].cluster.as_ref().unwrap();
@@ -438,9 +450,11 @@ mod tests {
             &user.client_certificate,
             &user.client_key,
             &user.client_certificate_data,
+            &user.username,
         ];
         let set: Vec<_> = of_cluster.into_iter().chain(of_user).flatten().collect();
         assert_eq!(set, Vec::<&String>::new());
+        assert!(user.client_key_data.is_none() && user.token.is_none() && user.password.is_none());
     }
 
     #[tokio::test]

@@ -1,5 +1,6 @@
 //! Follows one narrow list of objects: list, then watch from that list's version; or read again and again where watching
-//! is refused, and try to watch again now and then. Yields the whole list each time it changed; the lists are one Service, or the few slices of one.
+//! is refused, and try to watch now and then. Yields the whole list each time it changed; the lists are one Service, or the
+//! few slices of one.
 //!
 //! A Service is listed by its name and not fetched with a GET: a list carries the collection's resourceVersion, from which a
 //! watch starts without a gap, while the version of a single object is usually older than what the server still remembers.
@@ -26,8 +27,8 @@ const LONGEST_DELAY: Duration = Duration::from_secs(5);
 /// The status of a watch whose version the server does not remember any more.
 const GONE: u16 = 410;
 
-/// How long a refusal of the better means counts. It may have been the moment of a server that has just started, or of a role
-/// that was being replaced.
+/// For how long watching, or listing, is not tried again after it was refused. That may have been the moment of a server that has
+/// just started, or of a role that was being replaced.
 const REFUSED: Duration = Duration::from_mins(10);
 
 /// A list asked for out of turn comes at most this often.
@@ -118,7 +119,7 @@ struct Follower<K> {
     /// Asks for a list before its time.
     recheck: Recheck,
     mode: Mode<K>,
-    /// When better means were refused, if they were.
+    /// When watching or listing was refused, if it was.
     refused_at: Option<Instant>,
     /// The list as last yielded, by name.
     listed: BTreeMap<String, K>,

@@ -85,11 +85,16 @@ pub enum Error {
     /// The way to the pod could not be opened.
     #[error("{}", connect_text(.0, .1))]
     Connect(Target, ConnectError),
-    /// The pod was reached, but TLS with it failed.
+    /// The pod was reached, but the connection broke before there was TLS with it.
     #[error(
         "no TLS with {0} ({1}); check that the port speaks TLS, and which authorities --backend-tls names"
     )]
     Handshake(Target, String),
+    /// The pod was reached, but it does not speak TLS, or is not to be trusted.
+    #[error(
+        "no TLS with {0} ({1}); check that the port speaks TLS, and which authorities --backend-tls names"
+    )]
+    NoTls(Target, String),
     /// The pod's port refused the connection.
     #[error("port-forward to {0} failed: {1}; check that a container listens on that port of localhost")]
     Refused(Target, String),
@@ -174,7 +179,7 @@ impl Error {
                 ConnectError::PodGone(_) | ConnectError::Unavailable(_) => (502, grpc::UNAVAILABLE, "UF"),
                 ConnectError::Timeout(..) => (504, grpc::DEADLINE_EXCEEDED, "UF"),
             },
-            Self::Handshake(..) | Self::Refused(..) => (502, grpc::UNAVAILABLE, "UF"),
+            Self::Handshake(..) | Self::NoTls(..) | Self::Refused(..) => (502, grpc::UNAVAILABLE, "UF"),
             Self::NotProcessed(..) => (503, grpc::UNAVAILABLE, "UR"),
             Self::StreamReset(_, reason) => (502, reset_status(*reason), "UR"),
             Self::Protocol(..) | Self::NotSwitched(..) | Self::Coding(..) => (502, grpc::INTERNAL, "UPE"),
@@ -194,7 +199,12 @@ impl Error {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Refused(..) | Self::NotProcessed(..) | Self::Reset(..) | Self::StreamReset(..) => true,
+            Self::Handshake(..)
+            | Self::NoTls(..)
+            | Self::Refused(..)
+            | Self::NotProcessed(..)
+            | Self::Reset(..)
+            | Self::StreamReset(..) => true,
             Self::Connect(_, error) => {
                 matches!(
                     error,
@@ -206,6 +216,12 @@ impl Error {
             }
             _ => false,
         }
+    }
+
+    /// Says whether the same endpoint would do no better after a pause. Another one may.
+    #[must_use]
+    pub fn is_lasting(&self) -> bool {
+        matches!(self, Self::NoTls(..))
     }
 
     /// Says whether the cluster could not make the way to a pod that it lists as ready. That passes: either the pods come
@@ -224,7 +240,11 @@ impl Error {
     pub fn is_before_send(&self) -> bool {
         matches!(
             self,
-            Self::Connect(..) | Self::Handshake(..) | Self::Refused(..) | Self::NotProcessed(..)
+            Self::Connect(..)
+                | Self::Handshake(..)
+                | Self::NoTls(..)
+                | Self::Refused(..)
+                | Self::NotProcessed(..)
         )
     }
 }

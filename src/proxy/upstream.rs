@@ -228,7 +228,7 @@ impl Shared {
         if self.tls.warn.swap(false, Ordering::Relaxed) {
             warn!(endpoint = %peer.target, "certificates of pods are not checked; --backend-tls names authorities that count");
         }
-        let failed = |reason: String| Error::Handshake(peer.target.clone(), reason);
+        let failed = |reason: String| Error::NoTls(peer.target.clone(), reason);
         let other =
             |reason: &str| Error::Protocol(peer.target.clone(), peer.wire.as_str(), reason.to_owned());
         let name = ServerName::try_from(peer.server_name.as_deref().unwrap_or_default().to_owned())
@@ -242,10 +242,10 @@ impl Shared {
             },
             Ok(Err(error)) if refuses_protocol(&error) => Err(other("TLS refused it")),
             Ok(Err(error)) if tls_error(&error).is_some() => Err(failed(error.to_string())),
-            Ok(Err(error)) => {
-                let broke = format!("the connection broke during the TLS handshake: {error}");
-                Err(unopened(ConnectError::Unavailable(broke)))
+            Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                Err(Error::Refused(peer.target.clone(), error.to_string()))
             }
+            Ok(Err(error)) => Err(Error::Handshake(peer.target.clone(), error.to_string())),
             Err(_) => Err(unopened(ConnectError::Timeout(peer.target.clone(), TLS_TIMEOUT))),
         }
     }

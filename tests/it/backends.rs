@@ -58,16 +58,23 @@ pub(crate) async fn raw(proxy: SocketAddr, request: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_port_that_proves_not_to_speak_tls_is_asked_once() {
-    let cluster = FakeCluster::start().await.unwrap();
-    let (address, seen) = scripted(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
-    let builder = cluster.workload("shop", "web").port("https", 443, 8443);
-    let _workload = builder.backend(move |_| address).create().unwrap();
-    let app = TestApp::start(&cluster).await;
-    let reply = fetch(app.address, "web.shop.svc.cluster.local:443", "/").await;
-    assert_eq!(reply.status, StatusCode::BAD_GATEWAY);
-    assert!(reply.text().starts_with("no TLS with "), "{}", reply.text());
-    assert_eq!(seen.load(Ordering::SeqCst), 1, "that does not pass");
+async fn each_port_that_proves_not_to_speak_tls_is_asked_once_and_one_that_hangs_up_again() {
+    for (answer, pods, asked) in [
+        (&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..], 1, 1),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", 2, 2),
+        (b"", 1, 4),
+    ] {
+        let cluster = FakeCluster::start().await.unwrap();
+        let (address, seen) = scripted(answer).await;
+        let builder = cluster.workload("shop", "web").port("https", 443, 8443);
+        let builder = builder.backend(move |_| address).replicas(pods);
+        let _workload = builder.create().unwrap();
+        let app = TestApp::start(&cluster).await;
+        let reply = fetch(app.address, "web.shop.svc.cluster.local:443", "/").await;
+        assert_eq!(reply.status, StatusCode::BAD_GATEWAY);
+        assert!(reply.text().starts_with("no TLS with "), "{}", reply.text());
+        assert_eq!(seen.load(Ordering::SeqCst), asked);
+    }
 }
 
 #[tokio::test]

@@ -200,6 +200,9 @@ impl Follower {
                 return self.read_pods(error::lookup_error(&error));
             }
             News::Service(Err(error)) | News::Slices(Err(error)) | News::Pods(Err(error)) => {
+                if source == Source::Endpoints {
+                    self.refused_since = None;
+                }
                 return self.fail(source, &error);
             }
         }
@@ -212,8 +215,10 @@ impl Follower {
     /// Reads pods from now on, since EndpointSlices are refused.
     fn read_pods(&mut self, refused: LookupError) {
         debug!(service = %self.name, reason = refused.message, "reading pods instead of EndpointSlices");
+        if self.outage.recovered(Source::Endpoints) {
+            info!(service = %self.name, "the service is followed by its pods");
+        }
         self.refused = Some(refused);
-        self.outage.recovered(Source::Endpoints);
         self.endpoints = Endpoints::Unknown;
         self.follow_pods();
         self.answer();

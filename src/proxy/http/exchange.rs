@@ -209,7 +209,7 @@ pub(super) async fn exchange(
         if last {
             let pause = context.retry.jittered(pauses, fastrand::f64());
             let waits = error.is_way_missing() && Instant::now() + pause <= patient_until;
-            if pauses >= context.retry.max_retries && !waits {
+            if error.is_lasting() || pauses >= context.retry.max_retries && !waits {
                 return Err(error);
             }
             debug!(

@@ -284,8 +284,14 @@ mod tests {
 
     #[test]
     fn a_target_with_a_user_is_refused_and_not_repeated() {
-        let error = authority(&request("http://user:secret@a.b/x", Version::HTTP_11, &[])).unwrap_err();
-        assert!(!error.to_string().contains("secret"), "{error}");
+        for (target, host) in [("http://user:secret@a.b/x", "a.b"), ("/x", "user:secret@a.b")] {
+            let error = authority(&request(target, Version::HTTP_11, &[host])).unwrap_err();
+            let text = error.to_string();
+            assert!(
+                text.contains("may not name a user") && !text.contains("secret"),
+                "{text}"
+            );
+        }
     }
 
     #[test]

@@ -28,6 +28,9 @@ const CONNECTION_WINDOW: u32 = 8 << 20;
 /// How many connections there may be because others are in the way of each.
 const EVASIONS: usize = 4;
 
+/// How long a better connection is waited for while there is one that others are in the way of.
+const PATIENCE: Duration = Duration::from_millis(500);
+
 /// One connection.
 #[derive(Clone)]
 struct Connection {
@@ -141,7 +144,7 @@ impl Pool {
         shared: &Arc<Shared>,
         fresh: Fresh,
     ) -> Result<(Stream, bool), Error> {
-        let waiting = {
+        let mut waiting = {
             let mut state = lock(&self.state);
             if fresh == Fresh::Yes {
                 state.connections.clear(); // streams that are open on them go on
@@ -165,7 +168,16 @@ impl Pool {
             }
             waiting
         };
-        waiting.await.unwrap_or_else(|_| Err(shutting_down(&self.peer)))
+        loop {
+            match tokio::time::timeout(PATIENCE, &mut waiting).await {
+                Ok(given) => return given.unwrap_or_else(|_| Err(shutting_down(&self.peer))),
+                Err(_) => {
+                    if let Some(stream) = lock(&self.state).any_stream(Instant::now()) {
+                        return Ok((stream, true));
+                    }
+                }
+            }
+        }
     }
 
     async fn connect(&self, shared: &Arc<Shared>) -> Result<Connection, Error> {

@@ -37,7 +37,7 @@ pub(super) enum Ours {
     #[default]
     Open,
     /// The user has ended it, but an answer is awaited, which an end would cut off after a second; so the end is held back
-    /// until the peer has ended too, or has been silent since the given time for long.
+    /// until the peer has ended too, or has been silent for long since the given time, at which it could have had everything.
     Held(Instant),
     /// An end is to be sent.
     FinWanted,

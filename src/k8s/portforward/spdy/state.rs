@@ -498,12 +498,11 @@ impl State {
         let alone = self.live() == 0;
         if alone {
             self.busy_since = None;
-            let farewell = self.farewell.take();
-            if let Some((before, _)) = farewell
-                && now.duration_since(self.active_at) < SILENCE
-            {
-                self.active_at = before;
-            }
+        }
+        if let Some((before, _)) = self.farewell.take()
+            && now.duration_since(self.active_at) < SILENCE
+        {
+            self.active_at = before;
         }
         let stuck = place.is_some_and(|place| self.workers.is_stuck(place.class, now));
         if alone && (streaming || stuck) {

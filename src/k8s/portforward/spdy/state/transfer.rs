@@ -10,8 +10,9 @@ use tokio::time::Instant;
 use crate::k8s::portforward::spdy::entry::Entry;
 use crate::k8s::portforward::spdy::state::{BULK_SPAN, State, TRANSFER};
 
-/// For how long an answer is expected at any moment.
-const EXPECTED: Duration = Duration::from_secs(60);
+/// For how long an answer is expected at any moment. No longer, since those that spoke last need not wait for one: HTTP/2 has
+/// words that ask for none.
+const EXPECTED: Duration = Duration::from_secs(10);
 
 impl State {
     /// Tells whether there are transfers, and nothing beside them that would have to wait for their turns.

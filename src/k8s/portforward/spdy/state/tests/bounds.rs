@@ -359,7 +359,7 @@ async fn a_transfer_does_not_stand_back_while_a_neighbour_waits_for_an_answer() 
         while matches!(scene.read(transfer), Some(Ok(1..))) {}
     }
     let cx = Context::from_waker(Waker::noop());
-    scene.now += 5 * BULK_SPAN;
+    scene.now += 2 * BULK_SPAN;
     assert!(!scene.state.stand_back(scene.now, &cx));
     scene.data(neighbour, 1);
     scene.now += 2 * BULK_SPAN;
@@ -383,23 +383,30 @@ fn a_session_is_unused_from_the_last_payload_on() {
 
 #[test]
 fn a_goodbye_is_no_use_of_a_session() {
-    for (sent, answered, is_use) in [(17, false, false), (17, true, true), (64 << 10, false, true)] {
+    let cases = [(17, false, false), (17, true, true), (64 << 10, false, true)];
+    for ((sent, answered, is_use), pause) in cases
+        .into_iter()
+        .flat_map(|case| [(case, Duration::ZERO), (case, 5 * SILENCE)])
+    {
         let (mut scene, keys) = shared(2);
         scene.pass(Duration::from_millis(20));
         let used_at = scene.state.load(scene.now).active_at;
         scene.now += Duration::from_secs(600);
+        let mut last_at = scene.now;
         for &key in &keys {
+            last_at = scene.now;
             scene.write(key, sent).unwrap().unwrap();
             if answered {
                 scene.data(key, 1);
             }
             scene.state.shutdown(key, scene.now);
             scene.state.detach(key, scene.now);
+            scene.now += pause;
         }
         let active_at = scene.state.load(scene.now).active_at;
         assert_eq!(
             active_at,
-            if is_use { scene.now } else { used_at },
+            if is_use { last_at } else { used_at },
             "{sent} {answered}"
         );
     }
