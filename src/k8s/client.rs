@@ -285,58 +285,62 @@ fn read(config: &Config) -> Result<Option<Kubeconfig>, ConnectionError> {
 
 /// Unsets what is empty: to client-go that is the same, and kubectl itself writes `current-context: ""`.
 fn unset_empty(file: &mut Kubeconfig) {
-    fn unset<const N: usize>(values: [&mut Option<String>; N]) {
+    fn unset<T, const N: usize>(is_empty: impl Fn(&T) -> bool, values: [&mut Option<T>; N]) {
         for value in values {
-            value.take_if(|value| value.is_empty());
+            value.take_if(|value| is_empty(value));
         }
     }
     // Paths have been joined to the file's folder by then.
-    fn unset_paths<const N: usize>(paths: [&mut Option<String>; N]) {
-        for path in paths {
-            path.take_if(|path| path.is_empty() || path.ends_with(std::path::is_separator));
-        }
-    }
-    fn unset_secrets<const N: usize>(secrets: [&mut Option<SecretString>; N]) {
-        for secret in secrets {
-            secret.take_if(|secret| secret.expose_secret().is_empty());
-        }
-    }
-    unset([&mut file.current_context]);
+    let is_folder = |path: &String| path.is_empty() || path.ends_with(std::path::is_separator);
+    let is_secret_empty = |secret: &SecretString| secret.expose_secret().is_empty();
+    unset(String::is_empty, [&mut file.current_context]);
     for cluster in file
         .clusters
         .iter_mut()
         .filter_map(|named| named.cluster.as_mut())
     {
-        unset([
-            &mut cluster.tls_server_name,
-            &mut cluster.certificate_authority_data,
-            &mut cluster.proxy_url,
-        ]);
-        unset_paths([&mut cluster.certificate_authority]);
+        unset(
+            String::is_empty,
+            [
+                &mut cluster.tls_server_name,
+                &mut cluster.certificate_authority_data,
+                &mut cluster.proxy_url,
+            ],
+        );
+        unset(is_folder, [&mut cluster.certificate_authority]);
     }
     for user in file
         .auth_infos
         .iter_mut()
         .filter_map(|named| named.auth_info.as_mut())
     {
-        unset([
-            &mut user.client_certificate_data,
-            &mut user.username,
-            &mut user.impersonate,
-        ]);
-        unset_secrets([&mut user.client_key_data, &mut user.token, &mut user.password]);
-        unset_paths([
-            &mut user.token_file,
-            &mut user.client_certificate,
-            &mut user.client_key,
-        ]);
+        unset(
+            String::is_empty,
+            [
+                &mut user.client_certificate_data,
+                &mut user.username,
+                &mut user.impersonate,
+            ],
+        );
+        unset(
+            is_secret_empty,
+            [&mut user.client_key_data, &mut user.token, &mut user.password],
+        );
+        unset(
+            is_folder,
+            [
+                &mut user.token_file,
+                &mut user.client_certificate,
+                &mut user.client_key,
+            ],
+        );
     }
     for context in file
         .contexts
         .iter_mut()
         .filter_map(|named| named.context.as_mut())
     {
-        unset([&mut context.namespace]);
+        unset(String::is_empty, [&mut context.namespace]);
     }
 }
 

@@ -86,14 +86,10 @@ pub enum Error {
     #[error("{}", connect_text(.0, .1))]
     Connect(Target, ConnectError),
     /// The pod was reached, but the connection broke before there was TLS with it.
-    #[error(
-        "no TLS with {0} ({1}); check that the port speaks TLS, and which authorities --backend-tls names"
-    )]
+    #[error("{}", tls_text(.0, .1))]
     Handshake(Target, String),
     /// The pod was reached, but it does not speak TLS, or is not to be trusted.
-    #[error(
-        "no TLS with {0} ({1}); check that the port speaks TLS, and which authorities --backend-tls names"
-    )]
+    #[error("{}", tls_text(.0, .1))]
     NoTls(Target, String),
     /// The pod's port refused the connection.
     #[error("port-forward to {0} failed: {1}; check that a container listens on that port of localhost")]
@@ -258,6 +254,12 @@ fn reset_status(reason: h2::Reason) -> u8 {
         h2::Reason::REFUSED_STREAM => grpc::UNAVAILABLE,
         _ => grpc::INTERNAL,
     }
+}
+
+fn tls_text(target: &Target, reason: &str) -> String {
+    format!(
+        "no TLS with {target} ({reason}); check that the port speaks TLS, and which authorities --backend-tls names"
+    )
 }
 
 fn lookup_text(service: &ServiceName, error: &LookupError) -> String {

@@ -238,11 +238,16 @@ mod tests {
         }
     }
 
+    /// A client, and the socket at which the proxy has it.
+    async fn connected() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        (client, listener.accept().await.unwrap().0)
+    }
+
     #[tokio::test]
     async fn a_client_that_gives_up_ends_it_though_the_pod_is_silent() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let (socket, _) = listener.accept().await.unwrap();
+        let (mut client, socket) = connected().await;
         let (stream, mut pod) = duplex(1 << 10);
         let talking = async {
             client.write_all(b"question").await.unwrap();
@@ -258,9 +263,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_pod_that_is_slow_to_take_the_clients_end_gets_it() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let (socket, _) = listener.accept().await.unwrap();
+        let (mut client, socket) = connected().await;
         let (stream, mut pod) = duplex(1 << 10);
         let (back, way) = tokio::io::split(stream);
         let stream = tokio::io::join(back, Reluctant { way, asked: false });

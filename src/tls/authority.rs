@@ -35,10 +35,7 @@ impl CertificateAuthority {
     /// # Errors
     /// [`Error::File`], or [`Error::Damaged`] when a file holds something else.
     pub fn open(folder: &Path, zone: &ClusterDomain) -> Result<Self, Error> {
-        create_private_folder(folder).map_err(|source| Error::File {
-            path: folder.into(),
-            source,
-        })?;
+        create_private_folder(folder).map_err(at(folder))?;
         let (key_path, certificate_path) = (folder.join(KEY), folder.join(CERTIFICATE));
         let key = match read(&key_path)? {
             Some(pem) => pem,
@@ -124,10 +121,15 @@ fn read(path: &Path) -> Result<Option<String>, Error> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(Error::File {
-            path: path.into(),
-            source,
-        }),
+        Err(error) => Err(at(path)(error)),
+    }
+}
+
+/// Says of an error which file it is about.
+fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
+    |source| Error::File {
+        path: path.into(),
+        source,
     }
 }
 
@@ -142,13 +144,8 @@ fn is_of(pem: &str, key: &KeyPair) -> bool {
 /// Writes `text` in place of what is there, and returns it. The file appears whole.
 fn replace(path: &Path, text: &str) -> Result<String, Error> {
     let written = beside(path, text).and_then(|file| Ok(file.persist(path)?));
-    match written {
-        Ok(_) => Ok(text.into()),
-        Err(source) => Err(Error::File {
-            path: path.into(),
-            source,
-        }),
-    }
+    written.map_err(at(path))?;
+    Ok(text.into())
 }
 
 /// Writes a file beside `path`, to take its place; readable by its owner only.
@@ -169,13 +166,9 @@ fn keep_first(path: &Path, text: &str) -> Result<String, Error> {
             Err(error) => Err(error.error),
         }
     };
-    match write() {
-        Ok(true) => Ok(text.into()),
-        Ok(false) => read(path).map(Option::unwrap_or_default),
-        Err(source) => Err(Error::File {
-            path: path.into(),
-            source,
-        }),
+    match write().map_err(at(path))? {
+        true => Ok(text.into()),
+        false => read(path).map(Option::unwrap_or_default),
     }
 }
 

@@ -48,6 +48,13 @@ pub(crate) fn behind(cluster: &FakeCluster, address: SocketAddr) -> Workload {
         .unwrap()
 }
 
+/// The same for a backend of HTTP/2.
+pub(crate) fn behind_http2(cluster: &FakeCluster, address: SocketAddr) -> Workload {
+    let builder = cluster.workload("shop", "web").port("grpc", 80, 8080);
+    let builder = builder.app_protocol("kubernetes.io/h2c");
+    builder.backend(move |_| address).create().unwrap()
+}
+
 /// Sends a request as bytes and returns everything that comes back.
 pub(crate) async fn raw(proxy: SocketAddr, request: &str) -> String {
     let mut stream = TcpStream::connect(proxy).await.unwrap();
@@ -253,11 +260,7 @@ async fn an_h2c_stream_that_is_reset_every_time_is_tried_as_often_as_the_setting
                 });
             }
         });
-        let builder = cluster
-            .workload("shop", "web")
-            .port("grpc", 80, 8080)
-            .app_protocol("kubernetes.io/h2c");
-        let _workload = builder.backend(move |_| address).create().unwrap();
+        let _workload = behind_http2(&cluster, address);
         let app = TestApp::start(&cluster).await;
         assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::BAD_GATEWAY);
         assert_eq!(seen.load(Ordering::SeqCst), 1 + 3);
@@ -294,11 +297,7 @@ async fn more_h2c_streams_than_a_pod_allows_get_another_connection() {
             });
         }
     });
-    let builder = cluster
-        .workload("shop", "web")
-        .port("grpc", 80, 8080)
-        .app_protocol("kubernetes.io/h2c");
-    let _workload = builder.backend(move |_| address).create().unwrap();
+    let _workload = behind_http2(&cluster, address);
     let app = TestApp::start(&cluster).await;
     let mut client = Client::h2c(app.address).await;
     let mut open = Vec::new();

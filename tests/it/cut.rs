@@ -12,6 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, mpsc};
 
 use crate::app::{PATIENCE, TestApp};
+use crate::backends::behind_http2;
 use crate::client::{Client, get};
 use crate::interim::{scene, until};
 use crate::upgrade::frame;
@@ -29,9 +30,7 @@ where
         }
     });
     let cluster = FakeCluster::start().await.unwrap();
-    let builder = cluster.workload("shop", "web").port("grpc", 80, 8080);
-    let builder = builder.app_protocol("kubernetes.io/h2c");
-    let workload = builder.backend(move |_| address).create().unwrap();
+    let workload = behind_http2(&cluster, address);
     let app = TestApp::start(&cluster).await;
     (cluster, workload, app)
 }

@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::app::{PATIENCE, TestApp, web};
-use crate::backends::behind;
+use crate::backends::{behind, behind_http2};
 
 const HEAD: &str =
     "POST /upload HTTP/1.1\r\nHost: web.shop\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n";
@@ -252,12 +252,7 @@ async fn interim_responses_of_an_http2_pod_do_no_harm() {
             body.send_data(bytes::Bytes::from_static(b"ok"), true).unwrap();
         }
     });
-    let builder = cluster.workload("shop", "web").port("grpc", 80, 8080);
-    let _workload = builder
-        .app_protocol("kubernetes.io/h2c")
-        .backend(move |_| address)
-        .create()
-        .unwrap();
+    let _workload = behind_http2(&cluster, address);
     let app = TestApp::start(&cluster).await;
     assert_eq!(
         crate::client::fetch(app.address, "web.shop", "/").await.text(),

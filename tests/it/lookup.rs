@@ -122,6 +122,17 @@ async fn wait_for_pods(app: &TestApp, pods: &[&String]) {
         .expect("the pods never changed");
 }
 
+/// Waits until somebody has asked for EndpointSlices.
+async fn until_asked_for_slices(cluster: &FakeCluster) {
+    eventually("the lookup", || {
+        cluster
+            .calls()
+            .iter()
+            .any(|call| call.resource == "endpointslices")
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_replaced_pod_costs_no_request() {
     let cluster = FakeCluster::start().await.unwrap();
@@ -308,13 +319,7 @@ async fn endpointslices_that_are_refused_for_a_moment_are_read_again() {
     user(&cluster, &[forward, services]);
     cluster.restart();
     cluster.clear_calls();
-    eventually("a refusal", || {
-        cluster
-            .calls()
-            .iter()
-            .any(|call| call.resource == "endpointslices")
-    })
-    .await;
+    until_asked_for_slices(&cluster).await;
     user(&cluster, &all);
     cluster.set_ready("shop", &workload.pods[0].name, false);
     wait_for_pods(&app, &[&workload.pods[1].name]).await;
@@ -330,13 +335,7 @@ async fn a_request_that_finds_no_ready_pod_waits_for_one() {
     cluster.clear_calls();
     let address = app.address;
     let waiting = tokio::spawn(async move { fetch(address, WEB, "/").await.status });
-    eventually("the lookup", || {
-        cluster
-            .calls()
-            .iter()
-            .any(|call| call.resource == "endpointslices")
-    })
-    .await;
+    until_asked_for_slices(&cluster).await;
     cluster.set_ready("shop", pod, true);
     assert_eq!(waiting.await.unwrap(), StatusCode::OK);
 }

@@ -65,23 +65,20 @@ async fn a_websocket_passes_over_http2() {
     // An answer proves that the server's settings, which offer extended CONNECT, have arrived.
     let get = Request::get(format!("http://{WEB}/")).body(empty()).unwrap();
     assert_eq!(sender.send_request(get).await.unwrap().status(), StatusCode::OK);
-    let request = Request::connect(format!("http://{WEB}/ws"))
-        .extension(hyper::ext::Protocol::from_static("websocket"))
-        .header("sec-websocket-version", "13")
-        .body(empty())
-        .unwrap();
-    let answer = sender.send_request(request).await.unwrap();
+    let connect = |path: &str| {
+        Request::connect(format!("http://{WEB}{path}"))
+            .extension(hyper::ext::Protocol::from_static("websocket"))
+            .header("sec-websocket-version", "13")
+            .body(empty())
+            .unwrap()
+    };
+    let answer = sender.send_request(connect("/ws")).await.unwrap();
     assert_eq!(answer.status(), StatusCode::OK);
     assert!(answer.headers().get("sec-websocket-accept").is_none());
     let upgraded = TokioIo::new(hyper::upgrade::on(answer).await.unwrap());
     echo(WebSocketStream::from_raw_socket(upgraded, Role::Client, None).await).await;
     // Where the pod just answers, success would mean to the client that a WebSocket had begun (RFC 8441 section 5).
-    let request = Request::connect(format!("http://{WEB}/page"))
-        .extension(hyper::ext::Protocol::from_static("websocket"))
-        .header("sec-websocket-version", "13")
-        .body(empty())
-        .unwrap();
-    let answer = sender.send_request(request).await.unwrap();
+    let answer = sender.send_request(connect("/page")).await.unwrap();
     assert_eq!(answer.status(), StatusCode::BAD_GATEWAY);
 }
 

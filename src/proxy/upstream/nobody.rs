@@ -18,7 +18,7 @@ use crate::registry::PodRef;
 use crate::tls::Trust;
 use crate::transport::{BoxStream, Company, Connect, Connecting, Stream, Target};
 
-pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Opens streams to nobody, of which the first few have a transfer beside them.
 #[derive(Debug, Default)]
