@@ -139,6 +139,11 @@ impl FakeCluster {
         self.cluster.access.expire_token(token);
     }
 
+    /// Makes requests with the certificates that `user` has fail with 401 from now on.
+    pub fn expire_certificates(&self, user: &str) {
+        self.cluster.access.expire_certificates(user);
+    }
+
     /// Denies requests that `rule` covers, to one user or to everybody.
     pub fn deny(&self, user: Option<&str>, rule: Rule) {
         self.cluster.access.deny(user, rule);

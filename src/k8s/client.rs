@@ -16,13 +16,14 @@ use kube::client::{ClientBuilder, ConfigExt};
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Client, Config as KubeConfig};
 use secrecy::{ExposeSecret, SecretString};
+use tokio::runtime::Handle;
 use tower::timeout::TimeoutLayer;
 use tower::{BoxError, ServiceBuilder, ServiceExt};
 
-use crate::k8s::credentials::Authenticated;
+use crate::k8s::credentials::{Authenticated, Login, Sender, Source};
 use crate::k8s::error::{self, Kind};
 use crate::k8s::portforward::{Carriers, SlowReaders};
-use crate::k8s::proxy::{self, Kind as ProxyKind, Proxy};
+use crate::k8s::proxy::{self, Kind as ProxyKind};
 use crate::k8s::token_file::TokenFile;
 use crate::privileges::Account;
 
@@ -111,13 +112,19 @@ impl Cluster {
     /// # Errors
     /// [`ConnectionError::NoConfig`], [`ConnectionError::BadConfig`], or `Unauthorized` when a credential plugin fails.
     pub async fn load(config: &Config) -> Result<Self, ConnectionError> {
-        let (mut kube, proxy) = load(config).await?;
-        let token_file = take_token_file(&mut kube)?;
-        tell_plugin(&mut kube, &config.account);
-        let url = kube.cluster_url.to_string();
+        let (login, context) = load(config).await?;
+        let url = login.config.cluster_url.to_string();
         let (timeout, shown) = (config.timeout, url.clone());
+        let source = Files {
+            settings: Config {
+                // Whoever switches to another one means kubectl.
+                context,
+                ..config.clone()
+            },
+            server: login.config.cluster_url.clone(),
+        };
         // Credential plugins are run by kube while it builds the layers, and block their thread.
-        let client = tokio::task::spawn_blocking(move || build(&kube, proxy, token_file, timeout))
+        let client = tokio::task::spawn_blocking(move || build(login, source, timeout))
             .await
             .expect("building a client does not panic")
             .map_err(|error| match error::kind(&error) {
@@ -159,17 +166,39 @@ impl Cluster {
 /// Stands where kube looks for a proxy.
 const HIDDEN: &str = "http://proxy.invalid";
 
-/// Reads the configuration, and which proxy is on the way.
-async fn load(config: &Config) -> Result<(KubeConfig, Option<Proxy>), ConnectionError> {
+/// The files that a kubeconfig consists of.
+struct Files {
+    /// With the context that was current at the start.
+    settings: Config,
+    server: Uri,
+}
+
+impl Source for Files {
+    fn read(&self) -> Result<Login, BoxError> {
+        let (login, _) = Handle::current().block_on(load(&self.settings))?;
+        match &login.config.cluster_url {
+            server if *server == self.server => Ok(login),
+            other => Err(format!("it names another server now, {other}").into()),
+        }
+    }
+
+    fn connect(&self, login: &Login) -> Result<Sender, kube::Error> {
+        connect(login, self.settings.timeout)
+    }
+}
+
+/// Reads the configuration: the login, and the name of the context it is of.
+async fn load(config: &Config) -> Result<(Login, Option<String>), ConnectionError> {
     let bad = |error: KubeconfigError| ConnectionError::BadConfig(error::one_line(&error.to_string()));
-    let (kube, own) = match read(config)? {
+    let (mut kube, own, context) = match read(config)? {
         Some(mut merged) => {
+            let context = config.context.clone().or_else(|| merged.current_context.clone());
             let options = KubeConfigOptions {
-                context: config.context.clone(),
+                context: context.clone(),
                 cluster: None,
                 user: None,
             };
-            let own = hide_proxy_url(&mut merged, config.context.as_deref());
+            let own = hide_proxy_url(&mut merged, context.as_deref());
             let kube = KubeConfig::from_custom_kubeconfig(merged, &options).await;
             let mut kube = kube.map_err(bad)?;
             kube.proxy_url = None;
@@ -182,14 +211,21 @@ async fn load(config: &Config) -> Result<(KubeConfig, Option<Proxy>), Connection
             {
                 cluster.proxy_url.clone_from(&own);
             }
-            (kube, own)
+            (kube, own, context)
         }
-        None => (incluster(&config.account)?, None),
+        None => (incluster(&config.account)?, None, None),
     };
     let variable = |name: &str| std::env::var(name).ok();
     let proxy = proxy::choose(&kube.cluster_url, own.as_deref(), variable)
         .map_err(|error| ConnectionError::BadConfig(error.to_string()))?;
-    Ok((kube, proxy))
+    let token_file = take_token_file(&mut kube)?;
+    tell_plugin(&mut kube, &config.account);
+    let login = Login {
+        config: kube,
+        proxy,
+        token_file,
+    };
+    Ok((login, context))
 }
 
 fn incluster(account: &Account) -> Result<KubeConfig, ConnectionError> {
@@ -203,8 +239,10 @@ fn incluster(account: &Account) -> Result<KubeConfig, ConnectionError> {
 /// Returns the proxy of a context's cluster, and leaves another in its place: kube reads a URL of its own kind there, and if
 /// there is none, in the variables, and makes an error of what it cannot read. What it finds is not used.
 fn hide_proxy_url(merged: &mut Kubeconfig, context: Option<&str>) -> Option<String> {
-    let current = context.or(merged.current_context.as_deref())?;
-    let context = merged.contexts.iter().find(|named| named.name == current)?;
+    let context = merged
+        .contexts
+        .iter()
+        .find(|named| Some(&*named.name) == context)?;
     let name = &context.context.as_ref()?.cluster;
     let cluster = merged.clusters.iter_mut().find(|named| named.name == *name)?;
     cluster.cluster.as_mut()?.proxy_url.replace(HIDDEN.into())
@@ -348,13 +386,23 @@ fn default_path(account: &Account) -> Option<PathBuf> {
     Some(account.home.as_ref()?.join(".kube").join("config"))
 }
 
-/// Puts the client together; the connector depends on the kind of proxy on the way.
-fn build(
-    config: &KubeConfig,
-    proxy: Option<Proxy>,
-    token_file: Option<TokenFile>,
-    timeout: Duration,
-) -> Result<Client, kube::Error> {
+/// Puts the client together.
+fn build(login: Login, source: impl Source, timeout: Duration) -> Result<Client, kube::Error> {
+    let (server, namespace) = (
+        login.config.base_uri_layer(),
+        login.config.default_namespace.clone(),
+    );
+    let service = ServiceBuilder::new()
+        // A plugin that hangs while it renews the credentials would otherwise hold every call for ever.
+        .layer(TimeoutLayer::new(timeout + PLUGIN_PATIENCE))
+        .layer(server)
+        .service(Authenticated::new(login, source)?);
+    Ok(ClientBuilder::new(service, namespace).build())
+}
+
+/// Makes what sends requests; the connector depends on the kind of proxy on the way.
+fn connect(login: &Login, timeout: Duration) -> Result<Sender, kube::Error> {
+    let config = &login.config;
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_nodelay(true);
@@ -365,26 +413,21 @@ fn build(
     // No TCP_USER_TIMEOUT: on Linux it also ends a connection whose peer is alive and just does not read, as a pod at a
     // breakpoint does.
 
-    let Some(proxy) = proxy else {
-        return stack(config, token_file, tcp, timeout);
+    let Some(proxy) = login.proxy.clone() else {
+        return stack(config, tcp, timeout);
     };
     match proxy.kind {
-        ProxyKind::Socks5 => stack(config, token_file, proxy.socks5(tcp), timeout),
-        ProxyKind::Http => stack(config, token_file, proxy.tunnel(tcp), timeout),
+        ProxyKind::Socks5 => stack(config, proxy.socks5(tcp), timeout),
+        ProxyKind::Http => stack(config, proxy.tunnel(tcp), timeout),
         ProxyKind::Https => {
             // As with kubectl, the cluster's authorities vouch for the proxy, too.
             let tls = config.rustls_https_connector_with_connector(tcp)?;
-            stack(config, token_file, proxy.tunnel(tls), timeout)
+            stack(config, proxy.tunnel(tls), timeout)
         }
     }
 }
 
-fn stack<C>(
-    config: &KubeConfig,
-    token_file: Option<TokenFile>,
-    connector: C,
-    timeout: Duration,
-) -> Result<Client, kube::Error>
+fn stack<C>(config: &KubeConfig, connector: C, timeout: Duration) -> Result<Sender, kube::Error>
 where
     C: tower::Service<Uri> + Clone + Send + Sync + 'static,
     C::Response:
@@ -397,17 +440,12 @@ where
     let http = HttpClient::builder(TokioExecutor::new())
         .pool_timer(hyper_util::rt::TokioTimer::new())
         .build(https);
-    let bare = ServiceBuilder::new()
+    let service = ServiceBuilder::new()
         .layer(config.extra_headers_layer()?)
         // Ends with the response's headers, so it bounds lists, watches and upgrades without cutting their streams.
         .layer(TimeoutLayer::new(timeout))
         .service(http.map_err(BoxError::from));
-    let service = ServiceBuilder::new()
-        // A plugin that hangs while it renews the credentials would otherwise hold every call for ever.
-        .layer(TimeoutLayer::new(timeout + PLUGIN_PATIENCE))
-        .layer(config.base_uri_layer())
-        .service(Authenticated::new(config, token_file, bare)?);
-    Ok(ClientBuilder::new(service, config.default_namespace.clone()).build())
+    Ok(Sender::new(service))
 }
 
 #[cfg(all(test, unix))]

@@ -111,6 +111,11 @@ impl Access {
         self.lock().tokens.insert(token.to_owned(), user.to_owned());
     }
 
+    /// Makes the certificates of a user old.
+    pub(super) fn expire_certificates(&self, user: &str) {
+        self.lock().certificates.retain(|_, owner| owner != user);
+    }
+
     /// Forgets a token.
     pub(super) fn expire_token(&self, token: &str) {
         self.lock().tokens.remove(token);
@@ -150,8 +155,8 @@ impl Access {
 
     /// Names the user of a request; the error means credentials that do not count.
     ///
-    /// As in a real server the certificate is asked before the token, and a bad token is refused even if the path is
-    /// open to anonymous users.
+    /// As in a real server the certificate is asked before the token, and a bad token, or a certificate that has expired, is
+    /// refused even if the path is open to anonymous users.
     pub(super) fn authenticate(
         &self,
         certificate: Option<&[u8]>,
@@ -162,7 +167,8 @@ impl Access {
             return Ok(Some(user.clone()));
         }
         let Some(token) = authorization.and_then(|value| value.strip_prefix("Bearer ")) else {
-            return Ok(None);
+            // The TLS layer lets no strangers' through.
+            return certificate.map_or(Ok(None), |_| Err(()));
         };
         inner.tokens.get(token.trim()).cloned().map(Some).ok_or(())
     }

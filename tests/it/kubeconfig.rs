@@ -5,6 +5,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use http::StatusCode;
+use k8s_openapi::ByteString;
 use kube_tunnel::testing::{FakeCluster, Identity, Workload};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
@@ -164,13 +165,158 @@ async fn credentials_that_are_refused_are_renewed_and_the_request_does_not_notic
             StatusCode::UNAUTHORIZED
         );
         fs::write(&token, "token-after").unwrap();
-        tokio::time::pause();
-        tokio::time::advance(RENEWAL).await;
-        tokio::time::resume();
+        wait_for_renewal().await;
         let reply = submit(app.address, WEB, "/").await;
         assert_eq!(reply.status, StatusCode::OK, "{user}: {}", reply.text());
         assert!(cluster.calls().iter().any(|call| call.user == "after"));
     }
+}
+
+/// Lets the time pass in which refused credentials are not renewed again.
+async fn wait_for_renewal() {
+    tokio::time::pause();
+    tokio::time::advance(RENEWAL).await;
+    tokio::time::resume();
+}
+
+fn certificate(user: &str) -> Identity {
+    Identity::ClientCertificate {
+        name: user.into(),
+        group: None,
+    }
+}
+
+#[tokio::test]
+async fn who_logs_in_again_need_not_start_it_again() {
+    let token = |name: &str| Identity::Token(format!("token-{name}"));
+    let ways = [
+        [token("before"), token("after")],
+        [certificate("before"), certificate("after")],
+        [token("before"), certificate("after")],
+    ];
+    for identities in ways {
+        let (cluster, _workload) = cluster().await;
+        cluster.add_token("before", "token-before");
+        cluster.add_token("after", "token-after");
+        let [before, after] = identities
+            .clone()
+            .map(|identity| cluster.kubeconfig_for(&identity).unwrap());
+        let app = TestApp::with(&before, &[]).await;
+        let kubeconfig = app.folder.path().join("kubeconfig");
+        assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
+        cluster.expire_token("token-before");
+        cluster.expire_certificates("before");
+        cluster.restart();
+        // While there are no others, or the file is being written, it is told.
+        for text in [&before[..], ""] {
+            fs::write(&kubeconfig, text).unwrap();
+            wait_for_renewal().await;
+            assert_eq!(
+                submit(app.address, WEB, "/").await.status,
+                StatusCode::UNAUTHORIZED
+            );
+        }
+        // Whoever logs in may switch to another context on the way.
+        let elsewhere = after.replace("current-context: fake", "current-context: other");
+        fs::write(&kubeconfig, elsewhere).unwrap();
+        wait_for_renewal().await;
+        let reply = submit(app.address, WEB, "/").await;
+        assert_eq!(reply.status, StatusCode::OK, "{identities:?}: {}", reply.text());
+        assert!(cluster.calls().iter().any(|call| call.user == "after"));
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_that_is_refused_before_any_request_is_renewed_as_well() {
+    let (cluster, _workload) = cluster().await;
+    let stranger = FakeCluster::start().await.unwrap();
+    let foreign = stranger.kubeconfig_for(&certificate("stranger")).unwrap();
+    let user: Vec<_> = (foreign.lines().map(str::trim))
+        .filter(|line| line.starts_with("client-"))
+        .collect();
+    let foreign = with_user(&cluster.kubeconfig(), &user.join("\n"));
+    cluster.add_token("before", "token-before");
+    let [before, after] = [Identity::Token("token-before".into()), certificate("after")]
+        .map(|identity| cluster.kubeconfig_for(&identity).unwrap());
+    let app = TestApp::with(&before, &[]).await;
+    let kubeconfig = app.folder.path().join("kubeconfig");
+    cluster.expire_token("token-before");
+    fs::write(&kubeconfig, foreign).unwrap();
+    let reply = submit(app.address, WEB, "/").await;
+    assert!(!reply.status.is_success(), "{}", reply.text());
+    cluster.clear_calls();
+    wait_for_renewal().await;
+    let reply = submit(app.address, WEB, "/").await;
+    assert!(!reply.status.is_success(), "{}", reply.text());
+    assert_eq!(cluster.calls().len(), 0, "the handshake does not fail");
+    fs::write(&kubeconfig, after).unwrap();
+    wait_for_renewal().await;
+    let reply = submit(app.address, WEB, "/").await;
+    assert_eq!(reply.status, StatusCode::OK, "{}", reply.text());
+}
+
+#[tokio::test]
+async fn credentials_for_another_server_are_not_sent_to_this_one() {
+    let (cluster, _workload) = cluster().await;
+    cluster.add_token("before", "token-before");
+    cluster.add_token("after", "token-after");
+    let [before, after] = ["token-before", "token-after"]
+        .map(|token| cluster.kubeconfig_for(&Identity::Token(token.into())).unwrap());
+    let app = TestApp::with(&before, &[]).await;
+    assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
+    cluster.expire_token("token-before");
+    cluster.restart();
+    let elsewhere = after.replace("server: https://127.0.0.1:", "server: https://127.0.0.2:");
+    assert_ne!(elsewhere, after);
+    fs::write(app.folder.path().join("kubeconfig"), elsewhere).unwrap();
+    assert_eq!(
+        submit(app.address, WEB, "/").await.status,
+        StatusCode::UNAUTHORIZED
+    );
+    assert!(cluster.calls().iter().all(|call| call.user != "after"));
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_certificate_that_a_plugin_gave_is_renewed() {
+    use std::os::unix::fs::PermissionsExt;
+    let (cluster, _workload) = cluster().await;
+    let folder = tempfile::tempdir().unwrap();
+    let (printed, plugin) = (folder.path().join("printed"), folder.path().join("plugin"));
+    fs::write(&plugin, format!("#!/bin/sh\ncat {}\n", printed.display())).unwrap();
+    fs::set_permissions(&plugin, fs::Permissions::from_mode(0o755)).unwrap();
+    let log_in = |name: &str| {
+        let kubeconfig = cluster.kubeconfig_for(&certificate(name)).unwrap();
+        let pem = |field: &str| {
+            let line = kubeconfig
+                .lines()
+                .find_map(|line| line.trim().strip_prefix(field));
+            let ByteString(bytes) = serde_json::from_value(line.unwrap().into()).unwrap();
+            String::from_utf8(bytes).unwrap()
+        };
+        let credential = serde_json::json!({
+            "apiVersion": "client.authentication.k8s.io/v1",
+            "kind": "ExecCredential",
+            "status": {
+                "clientCertificateData": pem("client-certificate-data: "),
+                "clientKeyData": pem("client-key-data: "),
+            },
+        });
+        fs::write(&printed, credential.to_string()).unwrap();
+    };
+    log_in("before");
+    let user = format!(
+        "exec:\n  apiVersion: client.authentication.k8s.io/v1\n  command: {}\n  interactiveMode: Never",
+        plugin.display()
+    );
+    let app = TestApp::with(&with_user(&cluster.kubeconfig(), &user), &[]).await;
+    assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
+    cluster.expire_certificates("before");
+    cluster.restart();
+    log_in("after");
+    let reply = submit(app.address, WEB, "/").await;
+    assert_eq!(reply.status, StatusCode::OK, "{}", reply.text());
+    assert!(cluster.calls().iter().any(|call| call.user == "after"));
 }
 
 #[cfg(unix)]
