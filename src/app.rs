@@ -84,11 +84,11 @@ impl App {
     }
 
     /// Runs until `stop` resolves or an essential part has failed, then stops accepting, lets running requests end until the
-    /// deadline, and ends the rest.
+    /// deadline, or until `now` resolves, and ends the rest.
     ///
     /// # Errors
     /// When a part has failed; why is in the log.
-    pub async fn run(self, stop: impl Future<Output = ()>) -> Result<()> {
+    pub async fn run(self, stop: impl Future<Output = ()>, now: impl Future<Output = ()>) -> Result<()> {
         let Self {
             proxy,
             clients,
@@ -101,11 +101,21 @@ impl App {
             () = stop => false,
             () = broken.cancelled() => true,
         };
-        match clients.complete(drain_timeout).await {
-            Drained::Gracefully => info!("every request was completed"),
-            Drained::Forced(left) => warn!(tasks = left, "cut off at the deadline"),
-        }
-        background.complete(BACKGROUND_GRACE).await;
+        let grace = tokio::select! {
+            drained = clients.complete(drain_timeout) => {
+                match drained {
+                    Drained::Gracefully => info!("every request was completed"),
+                    Drained::Forced(left) => warn!(tasks = left, "cut off at the deadline"),
+                }
+                BACKGROUND_GRACE
+            }
+            () = now => {
+                // The requests are dropped, and with them their records, which would be lost with the process.
+                clients.complete(Duration::ZERO).await;
+                Duration::ZERO
+            }
+        };
+        background.complete(grace).await;
         ensure!(!failed, "a part of the program has failed; the log says why");
         Ok(())
     }

@@ -236,6 +236,7 @@ mod tests {
             &["-port"],
             &["serve"],
             &["-idle-timeout=0"],
+            &["-namespace=Shop"],
         ] {
             assert!(parse(arguments).is_err(), "{arguments:?}");
         }

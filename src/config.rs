@@ -10,10 +10,11 @@ pub mod setting;
 use std::fmt::Write as _;
 use std::num::NonZero;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::k8s::{self, SlowReaders};
-use crate::name::Naming;
+use crate::name::{Naming, ServiceName};
 use crate::privileges::Account;
 use crate::proxy::{self, Bind, Limits, RetryPolicy};
 use crate::telemetry;
@@ -80,7 +81,6 @@ impl Config {
     pub fn new(layers: &Layers, account: &Account) -> Result<Self, Error> {
         use setting as s;
         let idle_timeout = layers.duration(&s::IDLE_TIMEOUT)?;
-        let namespace = layers.text(&s::NAMESPACE);
         Ok(Self {
             telemetry: telemetry::Config {
                 filter: layers.parse(&s::LOG_LEVEL)?,
@@ -104,7 +104,7 @@ impl Config {
                 port: layers.parse(&s::PORT)?,
                 naming: Naming {
                     zone: layers.parse(&s::CLUSTER_DOMAIN)?,
-                    namespace: namespace.map(Into::into),
+                    namespace: namespace(layers)?,
                 },
                 retry: RetryPolicy {
                     max_retries: layers.parse(&s::MAX_RETRIES)?,
@@ -159,6 +159,22 @@ fn bind(layers: &Layers) -> Result<Bind, Error> {
     }
     let in_pod = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
     Ok(if in_pod { Bind::All } else { Bind::Loopback })
+}
+
+/// A namespace is a label, as a Service's name is; with any other, every host that it completes would be refused.
+fn namespace(layers: &Layers) -> Result<Option<Arc<str>>, Error> {
+    let Some(text) = layers.text(&setting::NAMESPACE) else {
+        return Ok(None);
+    };
+    if ServiceName::new(&text, "any").is_ok() {
+        return Ok(Some(text.into()));
+    }
+    let source = layers.value(&setting::NAMESPACE).source;
+    Err(Error::BadValue {
+        origin: source.origin(&setting::NAMESPACE),
+        value: text,
+        reason: "expected a DNS label (1 to 63 of a-z, 0-9 and '-', no '-' at either end)".into(),
+    })
 }
 
 /// Lists the settings that somebody set although what they govern does not exist yet.
@@ -219,7 +235,7 @@ pub fn reference() -> String {
     }
     page.push_str(
         "\nA bad value of `max-retries`, `retry-delay-ms` or `log-level` in the environment, under either name, never stops the program:\n\
-         it is reported in one warning and passed over. Any other bad value is an error (exit code 2).\n",
+         it is reported in one warning and passed over. Any other bad value is an error (exit code 2). An empty variable is not set.\n",
     );
     page
 }

@@ -107,7 +107,7 @@ impl Drain {
 
     /// Starts the drain and waits until every task has ended, by force after `deadline`.
     ///
-    /// Dropping the future leaves the drain started; calling it again waits again.
+    /// Dropping the future leaves the drain started; calling it again waits again, by another deadline if need be.
     pub async fn complete(&self, deadline: Duration) -> Drained {
         self.started.give();
         self.tasks.close();
@@ -198,5 +198,16 @@ mod tests {
         assert_eq!(drain.complete(Duration::from_secs(30)).await, Drained::Forced(1));
         assert_eq!(before.elapsed().as_secs(), 30);
         assert!(dropped.load(Ordering::SeqCst), "the task was not dropped");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_loses_patience_waits_no_longer() {
+        let drain = Drain::new();
+        drain.spawn(std::future::pending());
+        let patient = drain.complete(Duration::from_secs(30)).now_or_never();
+        assert_eq!(patient, None);
+        let before = tokio::time::Instant::now();
+        assert_eq!(drain.complete(Duration::ZERO).await, Drained::Forced(1));
+        assert!(before.elapsed() < FORCED_GRACE, "{:?}", before.elapsed());
     }
 }

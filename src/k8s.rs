@@ -8,6 +8,7 @@ mod credentials;
 mod discovery;
 mod error;
 mod follow;
+mod itself;
 mod outage;
 mod portforward;
 mod proxy;

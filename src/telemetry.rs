@@ -86,6 +86,11 @@ impl FromStr for Filter {
         match level.as_str() {
             "error" | "warn" | "info" | "debug" | "trace" => Ok(Self::level(&level)),
             "warning" => Ok(Self::level("warn")),
+            // Libraries are silent, too.
+            "off" => Ok(Self {
+                given: "off".into(),
+                directives: "off".into(),
+            }),
             _ if text.contains('=') || text.contains(',') => {
                 EnvFilter::try_new(text).map_err(|error| error.to_string())?;
                 Ok(Self {
@@ -94,7 +99,7 @@ impl FromStr for Filter {
                 })
             }
             _ => Err(
-                "expected error, warn, info, debug, trace or directives such as kube_tunnel=debug,info"
+                "expected off, error, warn, info, debug, trace or directives such as kube_tunnel=debug,info"
                     .into(),
             ),
         }
@@ -153,7 +158,8 @@ fn write_time(time: jiff::Timestamp, w: &mut Writer<'_>) -> fmt::Result {
     write!(w, ".{:03}Z", time.subsec_millisecond())
 }
 
-/// How many lines wait while stderr is not being read; more are lost.
+/// How many lines wait while stderr is not being read; more are lost. It bounds memory because access records are short, whatever
+/// clients and pods say.
 const WAITING_LINES: usize = 10_000;
 
 /// How much goes to stderr in one write.
@@ -251,6 +257,7 @@ pub fn init(config: &Config) -> Log {
 mod tests {
     use super::*;
     use std::sync::{Arc, Mutex};
+    use tracing::level_filters::LevelFilter;
 
     /// Counts writes, and keeps the bytes.
     #[derive(Clone, Default)]
@@ -337,10 +344,19 @@ mod tests {
     }
 
     #[test]
+    fn off_silences_everybody() {
+        let filter: Filter = "Off".parse().unwrap();
+        assert_eq!(filter.to_string(), "off");
+        let most = EnvFilter::new(&filter.directives).max_level_hint();
+        assert_eq!(most, Some(LevelFilter::OFF));
+    }
+
+    #[test]
     fn directives_pass_through_and_nonsense_is_refused() {
         let filter: Filter = "kube_tunnel::proxy=trace,hyper=debug".parse().unwrap();
         assert_eq!(filter.directives, "kube_tunnel::proxy=trace,hyper=debug");
         assert!("loud".parse::<Filter>().is_err());
+        assert!("kube_tunnel".parse::<Filter>().is_err());
         assert!("kube_tunnel=loud".parse::<Filter>().is_err());
     }
 }

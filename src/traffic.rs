@@ -1,6 +1,7 @@
 //! What happened to each request: one [`AccessRecord`], filled on the way and emitted soon after it is dropped, so that no path
 //! can forget it. Log, metrics and dashboard all have it from here.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::net::SocketAddr;
 use std::ops::{Deref, DerefMut};
@@ -24,6 +25,10 @@ const PACE: Duration = Duration::from_millis(10);
 
 /// How many wait at most; who brings one more emits them.
 const MOST_WAITING: usize = 1024;
+
+/// How many bytes of what a client or a pod says a record shows. A path may have 60 kB, and thousands of records wait in memory
+/// while nobody reads the log.
+const LONGEST: usize = 2 << 10;
 
 /// Bytes of a body that have passed so far. There is nothing to count until it is [shared](Self::share) with whoever passes them.
 #[derive(Debug, Clone, Default)]
@@ -273,13 +278,17 @@ impl AccessRecord {
     }
 
     fn emit(&self, ended: Instant) {
+        let method = cut(self.method.as_str());
+        let (authority, path) = (cut(&self.authority), cut(&self.path));
+        let grpc_status = self.grpc_status.as_deref().map(cut);
+        let reason = self.reason.as_deref().map(cut);
         info!(
             target: ACCESS,
-            method = %self.method,
-            authority = self.authority,
-            path = self.path,
+            method = %method,
+            authority = &*authority,
+            path = &*path,
             status = self.status.map(|status| status.as_u16()),
-            grpc_status = self.grpc_status,
+            grpc_status = grpc_status.as_deref(),
             protocol = self.downstream,
             upstream_protocol = self.upstream,
             service = self.service.as_ref().map(ServiceName::name),
@@ -292,12 +301,21 @@ impl AccessRecord {
             attempts = self.attempts,
             connection = self.reused.map(|reused| if reused { "reused" } else { "new" }),
             flag = self.shown_flag(),
-            reason = self.reason,
+            reason = reason.as_deref(),
             client = %Address(self.client),
             request = self.request,
             "access",
         );
     }
+}
+
+/// Cuts a text that is too long for a record; an ellipsis shows where.
+fn cut(text: &str) -> Cow<'_, str> {
+    if text.len() <= LONGEST {
+        return Cow::Borrowed(text);
+    }
+    let (shown, _) = text.split_at(text.floor_char_boundary(LONGEST));
+    Cow::Owned(format!("{shown}…"))
 }
 
 /// An address as the library shows it, which for IPv4 takes as much time as all other numbers of a record together.
@@ -393,6 +411,34 @@ mod tests {
             let address: SocketAddr = address.parse().unwrap();
             assert_eq!(Address(address).to_string(), address.to_string());
         }
+    }
+
+    #[test]
+    fn a_long_text_is_cut_between_characters_and_a_short_one_is_not_copied() {
+        let longest = "x".repeat(LONGEST);
+        assert!(matches!(cut(&longest), Cow::Borrowed(text) if text == longest));
+        assert_eq!(cut(&format!("{longest}x")), format!("{longest}…"));
+        let before = &longest[1..];
+        assert_eq!(cut(&format!("{before}éé")), format!("{before}…"));
+    }
+
+    #[test]
+    fn a_record_is_short_however_much_is_said() {
+        const SAID: usize = 60_000;
+        let (lines, _guard) = Lines::gather();
+        let mut record = AccessLog::default().open(
+            ([127, 0, 0, 1], 1).into(),
+            "HTTP/1.1",
+            Method::from_bytes("M".repeat(SAID).as_bytes()).unwrap(),
+            "/".repeat(SAID),
+        );
+        record.authority = "a".repeat(SAID);
+        record.grpc_status = Some("1".repeat(SAID));
+        record.reason = Some("r".repeat(SAID));
+        drop(record);
+        let text = lines.text();
+        assert_eq!(text.matches('…').count(), 5, "{text}");
+        assert!(text.len() < 6 * LONGEST, "{} bytes", text.len());
     }
 
     #[tokio::test(start_paused = true)]

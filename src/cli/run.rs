@@ -1,12 +1,13 @@
 //! `kube-tunnel run`: the proxy against a real cluster, until a signal ends it.
 
 use std::num::NonZero;
+use std::pin::pin;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 #[cfg(unix)]
 use tokio::signal::unix;
-use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use crate::app::App;
@@ -70,18 +71,21 @@ pub(super) async fn start(
 
 /// Runs `app` until a first signal has made it drain, or a second one ends the wait for that.
 pub(super) async fn until_stopped(app: App, mut signals: Signals) -> Result<ExitCode> {
-    let (stop, stopped) = oneshot::channel::<()>();
+    let (stop, now) = (CancellationToken::new(), CancellationToken::new());
+    let mut running = pin!(app.run(stop.cancelled(), now.cancelled()));
     let signalled = async {
         let first = signals.next().await;
         info!(signal = first, "stopping; another signal ends at once");
-        drop(stop);
+        stop.cancel();
         signals.next().await;
         warn!("ended before running requests were complete");
     };
     tokio::select! {
-        ended = app.run(async { drop(stopped.await) }) => ended.map(|()| ExitCode::SUCCESS),
-        () = signalled => Ok(ExitCode::FAILURE),
+        ended = &mut running => return ended.map(|()| ExitCode::SUCCESS),
+        () = signalled => now.cancel(),
     }
+    // Nothing is waited for any more but that what runs is dropped.
+    running.await.map(|()| ExitCode::FAILURE)
 }
 
 /// The signals that ask the program to stop. Installed before anything else, so that none finds it half started.

@@ -84,22 +84,20 @@ impl Layers {
         setting: &'static Setting,
         variable: impl Fn(&str) -> Option<String>,
     ) -> Result<(), Error> {
-        let found = setting
-            .variables()
-            .find_map(|name| Some((variable(&name)?, name)));
-        let Some((text, name)) = found.filter(|(text, _)| !text.is_empty()) else {
-            return Ok(());
-        };
-        match check(setting, &text) {
-            Err(reason) if setting.lenient => {
-                let standing = self.value(setting).text.unwrap_or_default();
-                self.warnings.push(format!(
-                    "{name}={text:?} is passed over: {reason}; using {standing}"
-                ));
-                Ok(())
+        for name in setting.variables() {
+            let meant = |text: &String| !text.is_empty() && !is_service_link(setting, text);
+            let Some(text) = variable(&name).filter(meant) else {
+                continue;
+            };
+            match check(setting, &text) {
+                Err(reason) if setting.lenient => {
+                    let warning = format!("{name}={text:?} is passed over: {reason}");
+                    self.warnings.push(warning);
+                }
+                _ => return self.set(setting, text, Source::Environment(name)),
             }
-            _ => self.set(setting, text, Source::Environment(name)),
         }
+        Ok(())
     }
 
     fn set(&mut self, setting: &'static Setting, text: String, source: Source) -> Result<(), Error> {
@@ -185,6 +183,13 @@ impl Layers {
             value: text,
         })
     }
+}
+
+/// Whether a variable is Kubernetes' own: it puts the address of every Service of the namespace into a pod's environment (Kubernetes
+/// documentation, "Service", environment variables), that of one called `kube-tunnel` into `KUBE_TUNNEL_PORT`.
+fn is_service_link(setting: &Setting, text: &str) -> bool {
+    let schemes = ["tcp://", "udp://", "sctp://"];
+    setting.key == setting::PORT.key && schemes.iter().any(|scheme| text.starts_with(scheme))
 }
 
 /// Checks a value as far as it can be at its place; the log's filter is checked here too, because a bad one in the

@@ -93,7 +93,8 @@ pub static PORT: Setting = Setting::new(
     Kind::Number { min: 0, max: 65535 },
     Some("80"),
     "Port to listen on; 0 takes any free one",
-    "80 lets service URLs work as they are written in the cluster.",
+    "80 lets service URLs work as they are written in the cluster. What Kubernetes puts into `KUBE_TUNNEL_PORT` beside a Service \
+     `kube-tunnel` (`tcp://…`) is passed over.",
 );
 /// The addresses of the proxy.
 pub static BIND: Setting = Setting::new(
@@ -122,7 +123,7 @@ pub static CONTEXT: Setting = Setting::new(
 /// The namespace of bare names.
 pub static NAMESPACE: Setting = Setting::new(
     "namespace",
-    Kind::Text("name"),
+    Kind::Text("DNS label"),
     None,
     "Namespace that completes a host of one label (`http://web/`)",
     "Without it such hosts belong to no Service.",
@@ -345,7 +346,7 @@ pub static FORWARDED_HEADERS: Setting = Setting::new(
     Kind::Switch,
     Some("false"),
     "Add `X-Forwarded-For`, `-Host`, `-Proto` and `Via` to requests",
-    "Off, because a pod should see what it would see in the cluster. On, what a client sent in `X-Forwarded-*` is replaced.",
+    "Off, because a pod should see what it would see in the cluster. On, what a client sent in `X-Forwarded-*` and `Forwarded` is dropped.",
 );
 /// How long a request waits for a lookup.
 pub static RESOLVE_TIMEOUT: Setting = Setting::new(
@@ -391,11 +392,11 @@ pub static STATE_DIR: Setting = Setting::new(
 pub static LOG_LEVEL: Setting = Setting::new(
     "log-level",
     Kind::Text(
-        "`error`, `warn`, `info`, `debug`, `trace`, or directives such as `kube_tunnel=debug,hyper=info`",
+        "`off`, `error`, `warn`, `info`, `debug`, `trace`, or directives such as `kube_tunnel=debug,hyper=info`",
     ),
     Some("info"),
     "What is logged",
-    "Levels in any case; directives as `RUST_LOG` has them.",
+    "Levels in any case; directives as `RUST_LOG` has them, but one that stands alone needs its `=`, or a mistyped level would be one.",
 )
 .alias(&["LOG_LEVEL"]);
 /// The log's form.

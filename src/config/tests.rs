@@ -90,6 +90,65 @@ fn the_own_name_of_a_variable_wins_over_the_seeds() {
 }
 
 #[test]
+fn an_own_name_that_is_empty_or_bad_leaves_the_word_to_the_seeds() {
+    for own in ["", "x", "11"] {
+        let environment = [("KUBE_TUNNEL_MAX_RETRIES", own), ("PROXY_MAX_RETRIES", "5")];
+        let layers = load(&[], None, &environment).unwrap();
+        assert_eq!(
+            layers.value(&setting::MAX_RETRIES).text.as_deref(),
+            Some("5"),
+            "{own:?}"
+        );
+        assert_eq!(layers.warnings().len(), usize::from(!own.is_empty()), "{own:?}");
+    }
+    let both_bad = [("KUBE_TUNNEL_LOG_LEVEL", "loud"), ("LOG_LEVEL", "mute")];
+    let layers = load(&[], None, &both_bad).unwrap();
+    assert_eq!(layers.value(&setting::LOG_LEVEL).source, Source::Default);
+    assert_eq!(layers.warnings().len(), 2, "{:?}", layers.warnings());
+}
+
+#[test]
+fn a_warning_says_nothing_of_the_value_that_counts() {
+    let environment = [("PROXY_MAX_RETRIES", "99")];
+    let layers = load(&[(&setting::MAX_RETRIES, "5")], None, &environment).unwrap();
+    assert_eq!(
+        layers.warnings(),
+        ["PROXY_MAX_RETRIES=\"99\" is passed over: expected a number from 0 to 10"]
+    );
+    assert_eq!(layers.value(&setting::MAX_RETRIES).source, Source::Flag);
+}
+
+#[test]
+fn the_address_of_a_service_of_our_name_is_not_taken_for_our_port() {
+    for link in [
+        "tcp://10.96.12.34:80",
+        "udp://[fd00::1]:53",
+        "sctp://10.96.12.34:80",
+    ] {
+        assert_eq!(config(&[("KUBE_TUNNEL_PORT", link)]).proxy.port, 80, "{link}");
+    }
+    assert!(load(&[], None, &[("KUBE_TUNNEL_PORT", "http://10.96.12.34:80")]).is_err());
+    assert!(load(&[(&setting::PORT, "tcp://10.96.12.34:80")], None, &[]).is_err());
+}
+
+#[test]
+fn a_namespace_that_no_host_could_have_is_refused() {
+    let read = |namespace: &str| {
+        let layers = load(&[(&setting::NAMESPACE, namespace)], None, &[]).unwrap();
+        Config::new(&layers, &Account::default()).map(|config| config.proxy.naming.namespace)
+    };
+    assert_eq!(read("shop-2").unwrap().as_deref(), Some("shop-2"));
+    assert_eq!(read("").unwrap(), None);
+    for bad in ["Shop", "a.b", "shop ", "-shop"] {
+        let error = read(bad).unwrap_err().to_string();
+        assert!(
+            error.contains("--namespace") && error.contains(bad) && error.contains("DNS label"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
 fn other_bad_values_name_their_place() {
     let error = load(&[], None, &[("KUBE_TUNNEL_PORT", "http")])
         .unwrap_err()

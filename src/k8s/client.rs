@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use http::Uri;
+use http::uri::Scheme;
 use hyper_util::client::legacy::Client as HttpClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
@@ -218,6 +219,9 @@ async fn load(config: &Config) -> Result<(Login, Option<String>), ConnectionErro
     let variable = |name: &str| std::env::var(name).ok();
     let proxy = proxy::choose(&kube.cluster_url, own.as_deref(), variable)
         .map_err(|error| ConnectionError::BadConfig(error.to_string()))?;
+    if proxy.is_some() {
+        name_port(&mut kube.cluster_url);
+    }
     let token_file = take_token_file(&mut kube)?;
     tell_plugin(&mut kube, &config.account);
     let login = Login {
@@ -226,6 +230,21 @@ async fn load(config: &Config) -> Result<(Login, Option<String>), ConnectionErro
         token_file,
     };
     Ok((login, context))
+}
+
+/// Writes the usual port of clear text into a server's URL: proxies would be asked for that of TLS.
+fn name_port(server: &mut Uri) {
+    let mut parts = server.clone().into_parts();
+    if server.scheme() == Some(&Scheme::HTTP)
+        && server.port().is_none()
+        && let Some(host) = server.host()
+        && let Ok(authority) = format!("{host}:80").parse()
+    {
+        parts.authority = Some(authority);
+        if let Ok(named) = Uri::from_parts(parts) {
+            *server = named;
+        }
+    }
 }
 
 fn incluster(account: &Account) -> Result<KubeConfig, ConnectionError> {
@@ -497,6 +516,20 @@ mod tests {
         let set: Vec<_> = of_cluster.into_iter().chain(of_user).flatten().collect();
         assert_eq!(set, Vec::<&String>::new());
         assert!(user.client_key_data.is_none() && user.token.is_none() && user.password.is_none());
+    }
+
+    #[test]
+    fn only_clear_text_without_a_port_is_given_one() {
+        for (text, named) in [
+            ("http://kube.internal", "http://kube.internal:80/"),
+            ("http://[fd12::1]/base", "http://[fd12::1]:80/base"),
+            ("http://kube.internal:8080", "http://kube.internal:8080/"),
+            ("https://kube.internal", "https://kube.internal/"),
+        ] {
+            let mut server = text.parse().unwrap();
+            name_port(&mut server);
+            assert_eq!(server.to_string(), named);
+        }
     }
 
     #[tokio::test]

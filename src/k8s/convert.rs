@@ -12,6 +12,7 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::api::discovery::v1::{Endpoint as KubeEndpoint, EndpointPort, EndpointSlice};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
+use crate::k8s::itself::is_itself;
 use crate::name::{PortRef, ServiceName};
 use crate::registry::{Endpoint, Load, PodRef, Protocol, Service, ServiceKind, ServicePort};
 
@@ -164,13 +165,25 @@ fn slice_endpoint(
     ports: &BTreeMap<String, u16>,
 ) -> Option<Endpoint> {
     let target = pod_of(endpoint)?;
+    let name = target.name.as_deref().filter(|name| is_subdomain(name))?;
+    // Nobody checks what an EndpointSlice refers to. Who may write one must not send our user, who may have more rights, to
+    // pods elsewhere, or to anything but a pod (CVE-2021-25740).
+    if target
+        .namespace
+        .as_deref()
+        .is_some_and(|other| other != namespace)
+    {
+        return None;
+    }
     let conditions = endpoint.conditions.clone().unwrap_or_default();
+    let pod = PodRef {
+        namespace: namespace.into(),
+        name: name.into(),
+        uid: target.uid.as_deref().unwrap_or_default().into(),
+    };
     Some(Endpoint {
-        pod: PodRef {
-            namespace: target.namespace.as_deref().unwrap_or(namespace).into(),
-            name: target.name.as_deref()?.into(),
-            uid: target.uid.as_deref().unwrap_or_default().into(),
-        },
+        is_itself: is_itself(&pod),
+        pod,
         addresses: endpoint
             .addresses
             .iter()
@@ -183,6 +196,18 @@ fn slice_endpoint(
         ports: ports.clone(),
         load: Arc::default(),
     })
+}
+
+/// Tells whether this may be a pod's name: a DNS subdomain (apimachinery: `IsDNS1123Subdomain`).
+fn is_subdomain(name: &str) -> bool {
+    let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let is_label = |label: &str| {
+        let bytes = label.as_bytes();
+        bytes.first().copied().is_some_and(inner)
+            && bytes.last().copied().is_some_and(inner)
+            && bytes.iter().all(|&byte| inner(byte) || byte == b'-')
+    };
+    name.len() <= 253 && name.split('.').all(is_label)
 }
 
 /// Converts the pods that a Service selects, for users who may not read EndpointSlices: does what the EndpointSlice
@@ -209,17 +234,17 @@ fn pod_endpoint(service: &Service, pod: &Pod) -> Option<Endpoint> {
             .as_deref()
             .filter(|_| spec.subdomain.as_deref() == Some(service.name.name()))
     });
+    let meta = &pod.metadata;
+    let reference = PodRef {
+        namespace: (meta.namespace.as_deref())
+            .unwrap_or(service.name.namespace())
+            .into(),
+        name: meta.name.as_deref()?.into(),
+        uid: meta.uid.as_deref().unwrap_or_default().into(),
+    };
     Some(Endpoint {
-        pod: PodRef {
-            namespace: pod
-                .metadata
-                .namespace
-                .as_deref()
-                .unwrap_or(service.name.namespace())
-                .into(),
-            name: pod.metadata.name.as_deref()?.into(),
-            uid: pod.metadata.uid.as_deref().unwrap_or_default().into(),
-        },
+        is_itself: is_itself(&reference),
+        pod: reference,
         addresses: pod_addresses(status),
         hostname: hostname.map(Arc::from),
         ready: conditions

@@ -38,6 +38,9 @@ const BODY: usize = 128 << 10;
 const PING_AFTER: Duration = Duration::from_mins(1);
 const PING_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How long a client that was told to go on in HTTP/2 may take to do so once the proxy drains.
+const PREFACE: Duration = Duration::from_secs(1);
+
 /// The two ends of a client's connection.
 #[derive(Debug)]
 pub(super) struct Ends {
@@ -177,7 +180,13 @@ where
     let Ends { client, local, reset } = ends;
     let (timeout, acceptor) = (context.header_timeout, TlsAcceptor::from(context.tls.clone()));
     let accepting = boxed(|| tokio::time::timeout(timeout, acceptor.accept(stream)));
-    let stream = match accepting.await {
+    let accepted = tokio::select! {
+        biased;
+        accepted = accepting => accepted,
+        // A client that has asked for nothing yet loses nothing.
+        () = context.clients.started() => return,
+    };
+    let stream = match accepted {
         Ok(Ok(stream)) => Box::new(stream), // it is large, and moves through several futures
         Ok(Err(error)) => return info!(%client, %error, "TLS handshake failed"),
         Err(_) => return debug!(%client, "closed: the TLS handshake took too long"),
@@ -224,7 +233,11 @@ where
     };
     match ended {
         Ok(()) => {}
-        // The HTTP library has answered, with a status alone.
+        // The HTTP library has answered, with a status alone. It has a limit of its own for the target.
+        Err(error) if error.is_parse_too_large() && error.to_string().contains("URI") => info!(
+            %client,
+            "the request's head cannot be read (414): its target is longer than 65,534 bytes"
+        ),
         Err(error) if error.is_parse_too_large() => info!(
             %client,
             "the request's head cannot be read (431): it exceeds --max-header-bytes or --max-header-fields"
@@ -329,7 +342,15 @@ async fn serve_upgraded(
         let stream = TokioIo::new(client.await.map_err(io::Error::other)?);
         h2c::inject(stream, &frames).await
     };
-    let ended = match tokio::time::timeout(context.header_timeout, opening).await {
+    let opened = tokio::select! {
+        biased;
+        opened = tokio::time::timeout(context.header_timeout, opening) => opened,
+        () = async {
+            context.clients.started().await;
+            tokio::time::sleep(PREFACE).await;
+        } => return,
+    };
+    let ended = match opened {
         Ok(Ok(stream)) => serve_http2(context, stream, downstream)
             .await
             .map_err(io::Error::other),

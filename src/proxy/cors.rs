@@ -14,6 +14,7 @@ use http::header::{
 use http::{Method, Request, Response, Uri};
 
 use crate::name::{ClusterDomain, Host, Naming};
+use crate::proxy::http::headers as fields;
 
 /// How long a browser may remember a preflight, in seconds: short, because the backend may begin to answer for itself.
 const MAX_AGE: HeaderValue = HeaderValue::from_static("60");
@@ -62,11 +63,20 @@ fn origin(text: &str) -> Result<String, String> {
     let wrong = || format!("{text:?} is no origin such as https://app.example.com");
     let uri: Uri = text.parse().map_err(|_| wrong())?;
     let bare = !text.ends_with('/') && uri.path() == "/" && uri.query().is_none();
-    if uri.scheme().is_some() && uri.authority().is_some() && bare {
-        Ok(text.to_ascii_lowercase())
-    } else {
-        Err(wrong())
+    let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
+        return Err(wrong());
+    };
+    if !bare || authority.as_str().contains('@') {
+        return Err(wrong());
     }
+    // Browsers leave the usual port out (RFC 6454 section 6.2).
+    let usual = match scheme {
+        "http" => ":80",
+        "https" => ":443",
+        _ => "",
+    };
+    let text = text.to_ascii_lowercase();
+    Ok(text.strip_suffix(usual).map_or(text.clone(), str::to_owned))
 }
 
 impl AllowOrigin {
@@ -191,7 +201,7 @@ impl Cors {
             headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin);
         }
         // Where the backend lets no page read, it lets none read with credentials; our leave is not meant for those.
-        headers.remove(ACCESS_CONTROL_ALLOW_CREDENTIALS);
+        fields::remove(headers, &ACCESS_CONTROL_ALLOW_CREDENTIALS);
         if self.preflight.is_none() {
             // gRPC-Web reads its status from headers, which scripts see only if they are exposed.
             headers

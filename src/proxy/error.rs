@@ -62,6 +62,9 @@ pub enum Error {
     /// The Service stands for a name outside the cluster.
     #[error("service {0} is an ExternalName for {1}, outside the cluster; ask for {1} itself")]
     ExternalName(ServiceName, String),
+    /// The Service leads back to this program, which has pages for it.
+    #[error("service {0} is kube-tunnel itself")]
+    Itself(ServiceName),
     /// The Service sends to addresses that are no pods, which a port-forward cannot reach.
     #[error(
         "service {service} sends to addresses without a pod ({addresses}), and a port-forward reaches pods alone; ask for them directly, \
@@ -166,6 +169,7 @@ impl Error {
             },
             Self::NoSuchPort { .. } => (404, grpc::NOT_FOUND, "NC"),
             Self::ExternalName(..) => (502, grpc::UNAVAILABLE, "NC"),
+            Self::Itself(_) => (508, grpc::UNAVAILABLE, "NC"),
             Self::NoPod { .. } => (502, grpc::UNAVAILABLE, "NC"),
             Self::NoEndpoint { .. } => (503, grpc::UNAVAILABLE, "UH"),
             Self::Connect(_, error) => match error {

@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{CONNECTION, HeaderMap, HeaderValue};
-use http::{Request, Response, StatusCode, Version};
+use http::{Method, Request, Response, StatusCode, Version};
 use http_body_util::{BodyExt, Limited};
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 use tokio::time::Instant;
 
 use crate::drain::Drain;
@@ -63,7 +63,11 @@ pub(super) async fn answer(
             )
             .await
         }
-        Err(error) => Err(error),
+        Err(error) => {
+            // Whether its body is abandoned shows when it is.
+            drop(request);
+            Err(error)
+        }
     };
     let mut response = match (answered, upgrade) {
         (Ok(By::Pod(answered)), Some(upgrade))
@@ -77,7 +81,7 @@ pub(super) async fn answer(
             None => {
                 // Where the end of the connection is the end of the body, a break must not look like one.
                 let reset = (version == Version::HTTP_10).then(|| downstream.reset.clone());
-                pass_on(*answered, reset, record)
+                pass_on(*answered, reset, form, version, record)
             }
         },
         (Ok(By::Page(page)), _) => {
@@ -115,6 +119,10 @@ async fn dispatch(
     record: &mut AccessRecord,
 ) -> Result<By, Error> {
     let zone = || context.naming.zone.to_string();
+    let own_page = |literal, method: &Method, record: &AccessRecord| {
+        own::admit(literal, downstream.local.ip(), cors)?;
+        own::find(method, &record.path, zone).map(By::Page)
+    };
     let Authority { host, port } = downstream.read_authority(&context.naming, &record.authority)?;
     match host {
         Host::Service { service, hostname } => {
@@ -125,14 +133,13 @@ async fn dispatch(
                 port: port.unwrap_or(downstream.default_port()),
                 secure: downstream.security != Security::Cleartext,
             };
-            let front = &downstream.front;
-            let answered = exchange(context, &destination, request, upgrade, front, record).await?;
-            Ok(By::Pod(Box::new(answered)))
+            let (front, method) = (&downstream.front, request.method().clone());
+            match exchange(context, &destination, request, upgrade, front, record).await {
+                Err(Error::Itself(_)) => own_page(None, &method, record),
+                answered => Ok(By::Pod(Box::new(answered?))),
+            }
         }
-        Host::Own { literal } => {
-            own::admit(literal, downstream.local.ip(), cors)?;
-            own::find(request.method(), &record.path, zone).map(By::Page)
-        }
+        Host::Own { literal } => own_page(literal, request.method(), record),
         Host::Unknown => Err(Error::UnknownHost {
             host: record.authority.clone(),
             zone: zone(),
@@ -167,7 +174,13 @@ fn in_its_place(
 }
 
 /// Passes a pod's response on to the client.
-fn pass_on(answered: Answered, reset: Option<Reset>, mut record: OpenRecord) -> Response<ResponseBody> {
+fn pass_on(
+    answered: Answered,
+    reset: Option<Reset>,
+    form: Form,
+    version: Version,
+    mut record: OpenRecord,
+) -> Response<ResponseBody> {
     let Answered {
         answer,
         unasked,
@@ -177,8 +190,12 @@ fn pass_on(answered: Answered, reset: Option<Reset>, mut record: OpenRecord) -> 
     // A proxy speaks its own version (RFC 9110 section 2.5), and an HTTP/1.0 connection is not kept.
     let kept = parts.version != Version::HTTP_10 && unasked.is_none();
     let lease = if kept { answer.lease } else { answer.lease.retire() };
+    let is_http2 = parts.version == Version::HTTP_2;
     parts.version = Version::HTTP_11;
     headers::strip_hop_by_hop(&mut parts.headers);
+    if form == Form::Grpc && is_http2 && version == Version::HTTP_11 && !body.is_end_stream() {
+        headers::announce_grpc_trailers(&mut parts.headers);
+    }
     record.status = Some(parts.status);
     record.grpc_status = grpc_status(&parts.headers);
     record.first_byte = Some(Instant::now());

@@ -35,11 +35,14 @@ pub(crate) struct Hint {
 /// Finds the candidates of a request to `port` of the Service, or to the endpoint named `hostname`.
 ///
 /// # Errors
-/// [`Error::NoSuchPort`], [`Error::NoEndpoint`], [`Error::NoPod`] or [`Error::ExternalName`].
+/// [`Error::Itself`], [`Error::NoSuchPort`], [`Error::NoEndpoint`], [`Error::NoPod`] or [`Error::ExternalName`].
 pub(crate) fn route(view: &View, port: u16, hostname: Option<&str>) -> Result<Route, Error> {
     let service = &view.service;
     if let ServiceKind::ExternalName(name) = &service.kind {
         return Err(Error::ExternalName(service.name.clone(), name.clone()));
+    }
+    if view.endpoints.iter().any(|endpoint| endpoint.is_itself) {
+        return Err(Error::Itself(service.name.clone()));
     }
     let port = choose_port(view, port)?;
     let number = |endpoint: &Endpoint| match port {
@@ -188,6 +191,7 @@ mod tests {
                 .iter()
                 .map(|(name, number)| ((*name).to_owned(), *number))
                 .collect(),
+            is_itself: false,
             load: Arc::default(),
         })
     }

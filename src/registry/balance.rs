@@ -2,7 +2,7 @@
 //! one that the client's session is with.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::time::Instant;
 
@@ -12,8 +12,8 @@ use crate::registry::affinity::{Session, Sessions};
 /// Chooses endpoints; shared by all requests of a proxy.
 #[derive(Debug, Default)]
 pub struct Balancer {
-    /// Where the next tie begins.
-    cursor: AtomicUsize,
+    /// Counts the choices.
+    turns: AtomicU64,
     /// Who sticks to which endpoint.
     sessions: Sessions,
 }
@@ -42,21 +42,19 @@ impl Balancer {
         Some(picked)
     }
 
-    /// Starts at the cursor, so that ties go round.
+    /// Of several with as little load, takes the one that was taken longest ago: they take turns, whatever other Services are
+    /// asked for in between.
     fn least_loaded<'a, T>(
         &self,
         candidates: &'a [T],
         endpoint: impl Fn(&T) -> &Arc<Endpoint>,
     ) -> Option<&'a T> {
-        let start = self
-            .cursor
-            .fetch_add(1, Ordering::Relaxed)
-            .checked_rem(candidates.len())?;
-        let (before, from) = candidates.split_at(start);
-        // `min_by_key` keeps the first of equal minima, which the rotation makes a different one each time.
-        from.iter()
-            .chain(before)
-            .min_by_key(|candidate| endpoint(candidate).load.get())
+        let least = candidates
+            .iter()
+            .min_by_key(|candidate| endpoint(candidate).load.rank())?;
+        let turn = 1 + self.turns.fetch_add(1, Ordering::Relaxed);
+        endpoint(least).load.choose(turn);
+        Some(least)
     }
 }
 
@@ -80,6 +78,7 @@ mod tests {
             ready: true,
             terminating: false,
             ports: BTreeMap::new(),
+            is_itself: false,
             load: Arc::new(Load::default()),
         };
         (0..count).map(|number| Arc::new(endpoint(number))).collect()
@@ -101,6 +100,18 @@ mod tests {
             .collect();
         seen.sort();
         assert_eq!(seen, ["0", "0", "1", "1", "2", "2"]);
+    }
+
+    #[test]
+    fn endpoints_take_turns_whatever_is_asked_for_in_between() {
+        let services = [endpoints(2), endpoints(2)];
+        let balancer = Balancer::default();
+        for turn in 0..6 {
+            for endpoints in &services {
+                let picked = balancer.pick(endpoints, |e| e, None).unwrap();
+                assert_eq!(*picked.pod.name, (turn % 2).to_string());
+            }
+        }
     }
 
     #[test]

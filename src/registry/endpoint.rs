@@ -5,7 +5,7 @@ use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// Names one pod, in this incarnation.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -51,26 +51,42 @@ pub struct Endpoint {
     pub terminating: bool,
     /// The pod's port number for each TCP port of the Service, by the Service port's name.
     pub ports: BTreeMap<String, u16>,
+    /// Whether it is the pod that this program runs in.
+    pub is_itself: bool,
     /// How many requests we have under way there; survives updates of the endpoint.
     pub load: Arc<Load>,
 }
 
 /// Counts the requests that are under way to one endpoint.
 #[derive(Debug, Default)]
-pub struct Load(AtomicUsize);
+pub struct Load {
+    under_way: AtomicUsize,
+    /// When it was last chosen, in the count of all choices.
+    chosen: AtomicU64,
+}
 
 impl Load {
     /// Counts one request until the returned guard is dropped.
     #[must_use]
     pub fn begin(self: &Arc<Self>) -> InFlight {
-        self.0.fetch_add(1, Ordering::Relaxed);
+        self.under_way.fetch_add(1, Ordering::Relaxed);
         InFlight(self.clone())
     }
 
     /// Returns how many requests are under way.
     #[must_use]
     pub fn get(&self) -> usize {
-        self.0.load(Ordering::Relaxed)
+        self.under_way.load(Ordering::Relaxed)
+    }
+
+    /// Notes that it was chosen, as the `turn`-th of all choices.
+    pub(super) fn choose(&self, turn: u64) {
+        self.chosen.store(turn, Ordering::Relaxed);
+    }
+
+    /// Returns what comes first where the lowest is wanted: the number of requests under way, then the last choice.
+    pub(super) fn rank(&self) -> (usize, u64) {
+        (self.get(), self.chosen.load(Ordering::Relaxed))
     }
 }
 
@@ -80,6 +96,6 @@ pub struct InFlight(Arc<Load>);
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.0.fetch_sub(1, Ordering::Relaxed);
+        self.0.under_way.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -18,10 +18,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::access::Action;
 use super::cluster::{Cluster, pause};
-use super::resource::Target;
+use super::resource::{Kind, Target};
 use super::selector::Selector;
 use super::status::Failure;
 use super::store::Key;
+use super::table::Include;
 use super::watch::Watch;
 use super::{discovery, portforward, review, table};
 
@@ -63,11 +64,7 @@ async fn route(connection: &Connection, request: Request<Incoming>) -> Result<Re
         .map_err(|()| Failure::unauthorized())?;
     let path = request.uri().path().to_owned();
     if let "/healthz" | "/livez" | "/readyz" = path.as_str() {
-        return Ok(response(
-            StatusCode::OK,
-            "text/plain; charset=utf-8",
-            Bytes::from_static(b"ok"),
-        ));
+        return Ok(text_response(StatusCode::OK, "ok".to_owned()));
     }
     let discovered = discovery::answer(&path);
     if let ("/version", Some(version)) = (path.as_str(), &discovered) {
@@ -88,7 +85,7 @@ async fn route(connection: &Connection, request: Request<Incoming>) -> Result<Re
         return Err(Failure::forbidden(&user, &target));
     }
     match (target.verb, target.subresource.as_deref()) {
-        ("get" | "create", Some("portforward")) => {
+        ("get" | "create", Some("portforward")) if target.kind == Kind::Pod => {
             let create = Target {
                 verb: "create",
                 ..target.clone()
@@ -103,24 +100,29 @@ async fn route(connection: &Connection, request: Request<Incoming>) -> Result<Re
             portforward::upgrade(connection, &target, &query, request).await
         }
         (_, Some(_)) => Err(Failure::no_such_path()),
-        ("get", None) => get(cluster, &target, request.headers()),
+        ("get", None) => get(cluster, &target, &query, request.headers()),
         ("list", None) => list(cluster, &target, &query, request.headers()),
         ("watch", None) => start_watch(cluster, &target, &query, request.headers()),
         _ => Err(Failure::method_not_allowed()),
     }
 }
 
-fn get(cluster: &Cluster, target: &Target, headers: &HeaderMap) -> Result<Response<Body>, Failure> {
+fn get(
+    cluster: &Cluster,
+    target: &Target,
+    query: &Query,
+    headers: &HeaderMap,
+) -> Result<Response<Body>, Failure> {
     let name = target.name.as_deref().unwrap_or_default();
     let key = Key::new(target.kind, target.namespace.as_deref().unwrap_or_default(), name);
     let object = cluster
         .store
         .get(&key)
         .ok_or_else(|| Failure::not_found(target.kind, name))?;
-    if wants_table(headers) {
+    if let Some(include) = wants_table(headers, query)? {
         return Ok(json_response(
             StatusCode::OK,
-            &table::of(target.kind, &[&object], ""),
+            &table::of(target.kind, &[&object], "", include),
         ));
     }
     Ok(json_response(StatusCode::OK, &object))
@@ -140,10 +142,10 @@ fn list(
         .filter(|object| selector.matches(object))
         .collect();
     let version = version.to_string();
-    if wants_table(headers) {
+    if let Some(include) = wants_table(headers, query)? {
         return Ok(json_response(
             StatusCode::OK,
-            &table::of(target.kind, &items, &version),
+            &table::of(target.kind, &items, &version, include),
         ));
     }
     let body = json!({
@@ -177,11 +179,8 @@ fn start_watch(
         selector: query.selector()?,
         from,
         bookmarks: query.get("allowWatchBookmarks") == Some("true"),
-        timeout: query
-            .get("timeoutSeconds")
-            .and_then(|text| text.parse().ok())
-            .map(Duration::from_secs),
-        table: wants_table(headers),
+        timeout: query.timeout()?,
+        table: wants_table(headers, query)?,
     };
     let (body, chunks) = mpsc::channel(16);
     cluster.tasks.spawn(watch.run(cluster.clone(), body));
@@ -193,20 +192,27 @@ fn start_watch(
     Ok(response)
 }
 
-/// kubectl asks for tables first and takes plain objects as well; `-o json` asks for plain objects only.
-fn wants_table(headers: &HeaderMap) -> bool {
+/// Tells whether a table is wanted, and what of the objects in it. kubectl asks for tables first and takes plain objects as
+/// well; `-o json` asks for plain objects only.
+fn wants_table(headers: &HeaderMap, query: &Query) -> Result<Option<Include>, Failure> {
     let accept = headers
         .get(ACCEPT)
         .and_then(|value| value.to_str().ok())
         .unwrap_or_default();
-    accept
+    let table = accept
         .split(',')
-        .any(|form| form.trim().starts_with("application/json;as=Table") && form.contains("v=v1;"))
+        .any(|form| form.trim().starts_with("application/json;as=Table") && form.contains("v=v1;"));
+    table.then(|| query.include()).transpose()
 }
 
 /// A JSON answer.
 pub(super) fn json_response(code: StatusCode, body: &Value) -> Response<Body> {
     response(code, "application/json", Bytes::from(body.to_string()))
+}
+
+/// An answer in plain text.
+pub(super) fn text_response(code: StatusCode, text: String) -> Response<Body> {
+    response(code, "text/plain; charset=utf-8", Bytes::from(text))
 }
 
 fn response(code: StatusCode, content_type: &'static str, body: Bytes) -> Response<Body> {
@@ -254,6 +260,29 @@ impl Query {
             .iter()
             .filter(move |(name, _)| name == key)
             .map(|(_, value)| value.as_str())
+    }
+
+    /// When a watch is to end; 0 leaves it to the server.
+    fn timeout(&self) -> Result<Option<Duration>, Failure> {
+        let Some(text) = self.get("timeoutSeconds").filter(|text| !text.is_empty()) else {
+            return Ok(None);
+        };
+        let seconds: u32 = text
+            .parse()
+            .map_err(|_| Failure::bad_request(&format!("timeoutSeconds: Invalid value: \"{text}\"")))?;
+        Ok((seconds > 0).then(|| Duration::from_secs(seconds.into())))
+    }
+
+    /// What a table holds of the objects besides their cells.
+    fn include(&self) -> Result<Include, Failure> {
+        match self.get("includeObject") {
+            None | Some("" | "Metadata") => Ok(Include::Metadata),
+            Some("Object") => Ok(Include::Object),
+            Some("None") => Ok(Include::Nothing),
+            Some(other) => Err(Failure::bad_request(&format!(
+                "unrecognized includeObject value: \"{other}\""
+            ))),
+        }
     }
 
     fn selector(&self) -> Result<Selector, Failure> {

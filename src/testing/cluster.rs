@@ -16,6 +16,9 @@ use super::resource::Target;
 use super::runtime::ContainerRuntime;
 use super::store::Store;
 
+/// Entries of a record after which the older half of it is forgotten; more than any test or bench looks at.
+const RECORD: usize = 100_000;
+
 /// One authenticated request as RBAC sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApiCall {
@@ -50,7 +53,7 @@ pub(super) struct Cluster {
     pub(super) runtime: Mutex<ContainerRuntime>,
     /// Where container ports really lead.
     pub(super) routes: Mutex<BTreeMap<(String, String, u16), SocketAddr>>,
-    /// Requests seen.
+    /// Requests seen, the latest of them.
     pub(super) calls: Mutex<Vec<ApiCall>>,
     /// Counts demanded bookmarks; watches send one whenever it changes.
     pub(super) bookmarks: watch::Sender<u64>,
@@ -106,7 +109,7 @@ impl Cluster {
 
     /// Writes a request into the record.
     pub(super) fn record(&self, user: &str, target: &Target) {
-        lock(&self.calls).push(ApiCall {
+        let call = ApiCall {
             user: user.to_owned(),
             verb: target.verb.to_owned(),
             group: target.kind.group().to_owned(),
@@ -114,8 +117,17 @@ impl Cluster {
             subresource: target.subresource.clone(),
             namespace: target.namespace.clone(),
             name: target.name.clone(),
-        });
+        };
+        remember(&mut lock(&self.calls), call);
     }
+}
+
+/// Adds to a record that does not grow for ever: the demo may run for days.
+pub(super) fn remember<T>(record: &mut Vec<T>, entry: T) {
+    if record.len() >= RECORD {
+        record.drain(..RECORD / 2);
+    }
+    record.push(entry);
 }
 
 /// Locks without a way to fail: no code panics while it holds one of these locks.
@@ -127,5 +139,21 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(super) async fn pause(duration: Duration) {
     if !duration.is_zero() {
         tokio::time::sleep(duration).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_keeps_the_latest_entries_and_does_not_grow_for_ever() {
+        let mut record = Vec::new();
+        for number in 0..3 * RECORD {
+            remember(&mut record, number);
+        }
+        assert!(record.len() <= RECORD, "{}", record.len());
+        assert_eq!(record.last(), Some(&(3 * RECORD - 1)));
+        assert!(record.is_sorted() && record.len() >= RECORD / 2);
     }
 }

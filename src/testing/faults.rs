@@ -73,8 +73,11 @@ pub enum ForwardFault {
     PodGone,
     /// The runtime reports this text on the error stream, after the usual prefix.
     Runtime(String),
-    /// The upgrade is answered with this status.
+    /// The API server answers the upgrade with this status.
     Upgrade(StatusCode),
+    /// The node's kubelet answers the upgrade with this status and text, which is no `Status` object; the API server hands
+    /// it on.
+    Kubelet(StatusCode, String),
     /// The upgrade is not answered at all, as if the pod's node were dead.
     Unanswered,
 }

@@ -14,42 +14,27 @@ pub(super) fn set_ready(cluster: &Cluster, namespace: &str, pod: &str, ready: bo
     let found = cluster
         .store
         .update(&Key::new(Kind::Pod, namespace, pod), |object| {
-            let status = if ready { "True" } else { "False" };
-            for condition in each(&mut object["status"]["conditions"]) {
-                if matches!(condition["type"].as_str(), Some("Ready" | "ContainersReady")) {
-                    condition["status"] = status.into();
-                }
-            }
-            for container in each(&mut object["status"]["containerStatuses"]) {
-                container["ready"] = ready.into();
-            }
+            write_readiness(object, ready);
         });
-    change_endpoints(cluster, namespace, pod, |endpoint| {
-        endpoint["conditions"]["ready"] = ready.into();
-        endpoint["conditions"]["serving"] = ready.into();
-        true
-    });
+    describe_endpoints(cluster, namespace, pod);
     found
 }
 
-/// Starts the graceful end of a pod: not ready, terminating, still serving.
+/// Starts the graceful end of a pod: terminating, still serving, and no longer ready unless its Service wants such pods.
 pub(super) fn terminate(cluster: &Cluster, namespace: &str, pod: &str) -> bool {
-    change_endpoints(cluster, namespace, pod, |endpoint| {
-        endpoint["conditions"]["ready"] = false.into();
-        endpoint["conditions"]["terminating"] = true.into();
-        true
-    });
-    cluster
+    let found = cluster
         .store
         .update(&Key::new(Kind::Pod, namespace, pod), |object| {
             object["metadata"]["deletionTimestamp"] = now().into();
             object["metadata"]["deletionGracePeriodSeconds"] = 30.into();
-        })
+        });
+    describe_endpoints(cluster, namespace, pod);
+    found
 }
 
-/// Removes a pod, its endpoints and its routes; false when there is no such pod.
+/// Removes a pod, its endpoints and its routes; false when there is no such pod. What is forwarded to it ends soon after.
 pub(super) fn delete(cluster: &Cluster, namespace: &str, pod: &str) -> bool {
-    change_endpoints(cluster, namespace, pod, |_| false);
+    change_endpoints(cluster, namespace, pod, |_, _| false);
     lock(&cluster.routes).retain(|(ns, name, _), _| (ns.as_str(), name.as_str()) != (namespace, pod));
     cluster
         .store
@@ -70,6 +55,7 @@ pub(super) fn replace(cluster: &Cluster, namespace: &str, old: &str) -> Option<S
         json!({"name": name, "namespace": namespace, "labels": before["metadata"]["labels"], "uid": uid});
     pod["metadata"] = meta;
     set_pod_ip(&mut pod, &ip);
+    write_readiness(&mut pod, true);
     {
         let mut routes = lock(&cluster.routes);
         let copied: Vec<(u16, SocketAddr)> = routes
@@ -135,14 +121,68 @@ fn slices_of(cluster: &Cluster, namespace: &str, pod: &str) -> Vec<Key> {
         .collect()
 }
 
-/// Changes every endpoint of a pod; endpoints for which `change` returns false are removed.
-fn change_endpoints(cluster: &Cluster, namespace: &str, pod: &str, change: impl Fn(&mut Value) -> bool) {
+/// Writes a pod's state into its endpoints as the EndpointSlice controller does
+/// (`kubernetes:staging/src/k8s.io/endpointslice/utils.go`, podToEndpoint).
+fn describe_endpoints(cluster: &Cluster, namespace: &str, name: &str) {
+    let Some(pod) = cluster.store.get(&Key::new(Kind::Pod, namespace, name)) else {
+        return;
+    };
+    let serving = is_ready(&pod);
+    let terminating = !pod["metadata"]["deletionTimestamp"].is_null();
+    change_endpoints(cluster, namespace, name, |endpoint, publishes_unready| {
+        let ready = publishes_unready || serving && !terminating;
+        endpoint["conditions"] = json!({"ready": ready, "serving": serving, "terminating": terminating});
+        true
+    });
+}
+
+/// Changes every endpoint of a pod; endpoints for which `change` returns false are removed. It is told whether the Service
+/// of the endpoint publishes pods that are not ready.
+fn change_endpoints(
+    cluster: &Cluster,
+    namespace: &str,
+    pod: &str,
+    change: impl Fn(&mut Value, bool) -> bool,
+) {
     for slice in slices_of(cluster, namespace, pod) {
+        let publishes_unready = publishes_unready(cluster, &slice);
         cluster.store.update(&slice, |slice| {
             if let Some(endpoints) = slice["endpoints"].as_array_mut() {
-                endpoints.retain_mut(|endpoint| !leads_to(endpoint, pod) || change(endpoint));
+                endpoints
+                    .retain_mut(|endpoint| !leads_to(endpoint, pod) || change(endpoint, publishes_unready));
             }
         });
+    }
+}
+
+/// Whether the Service of a slice publishes pods that are not ready.
+fn publishes_unready(cluster: &Cluster, slice: &Key) -> bool {
+    let service = cluster.store.get(slice).and_then(|object| {
+        let name = object["metadata"]["labels"]["kubernetes.io/service-name"].as_str()?;
+        cluster
+            .store
+            .get(&Key::new(Kind::Service, &slice.namespace, name))
+    });
+    service.is_some_and(|service| service["spec"]["publishNotReadyAddresses"] == true)
+}
+
+fn is_ready(pod: &Value) -> bool {
+    let conditions = pod["status"]["conditions"].as_array();
+    conditions
+        .into_iter()
+        .flatten()
+        .any(|condition| condition["type"] == "Ready" && condition["status"] == "True")
+}
+
+fn write_readiness(pod: &mut Value, ready: bool) {
+    let status = if ready { "True" } else { "False" };
+    for condition in each(&mut pod["status"]["conditions"]) {
+        if matches!(condition["type"].as_str(), Some("Ready" | "ContainersReady")) {
+            condition["status"] = status.into();
+        }
+    }
+    for container in each(&mut pod["status"]["containerStatuses"]) {
+        container["ready"] = ready.into();
     }
 }
 

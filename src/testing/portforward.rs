@@ -14,11 +14,10 @@ use http::{HeaderMap, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
 use hyper::upgrade::Upgraded;
-use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
-use super::api::{Body, Connection, Query};
+use super::api::{Body, Connection, Query, text_response};
 use super::cluster::pause;
 use super::faults::{Carrier, ForwardFault};
 use super::forwards::Controls;
@@ -60,15 +59,12 @@ pub(super) async fn upgrade(
             let message = format!("error dialing backend: upgrade answered with {code}");
             return Err(Failure::new(code, "InternalError", &message));
         }
+        Some(ForwardFault::Kubelet(code, text)) => return Ok(text_response(code, format!("{text}\n"))),
         _ => {}
     }
-    if cluster
-        .store
-        .get(&Key::new(target.kind, namespace, name))
-        .is_none()
-    {
+    let Some(sandbox) = cluster.store.lifetime(&Key::new(target.kind, namespace, name)) else {
         return Err(not_found());
-    }
+    };
 
     let headers = request.headers();
     let (carrier, response) = match header(headers, "upgrade").to_ascii_lowercase().as_str() {
@@ -84,7 +80,7 @@ pub(super) async fn upgrade(
         Carrier::Channel => requested_ports(query)?,
     };
 
-    let pod = Arc::new(Pod::new(cluster.clone(), namespace, name));
+    let pod = Arc::new(Pod::new(cluster.clone(), namespace, name, sandbox));
     let upgraded = hyper::upgrade::on(&mut request);
     let session = cluster
         .forwards
@@ -112,31 +108,30 @@ pub(super) fn is_websocket(headers: &HeaderMap) -> bool {
 
 /// Serves an upgraded connection until it ends.
 async fn serve(carrier: Carrier, io: Upgraded, pod: Arc<Pod>, controls: &Controls, ports: &[u16]) {
+    let Ok(parts) = io.downcast::<ClientStream>() else {
+        tracing::debug!("not a connection of this server");
+        return;
+    };
+    // The API server takes the socket without the bytes it has read from it: what a client sends before it has seen the 101
+    // is lost. Only where it ends the WebSocket itself it looks, and hangs up (`gorilla/websocket:server.go`).
+    if carrier == Carrier::Tunnel && !parts.read_buf.is_empty() {
+        tracing::debug!("the client did not wait for the 101");
+        return;
+    }
+    let io = wire(parts.io.into_inner(), &pod, carrier, controls);
     match carrier {
-        Carrier::Spdy => match io.downcast::<ClientStream>() {
-            // The API server takes the socket without the bytes it has read from it: what a client sends before it has
-            // seen the 101 is lost.
-            Ok(parts) => {
-                let io = wire(parts.io.into_inner(), &pod, carrier, controls);
-                spdy::serve(io, pod, controls.clone()).await;
-            }
-            Err(_) => tracing::debug!("not a connection of this server"),
-        },
+        Carrier::Spdy => spdy::serve(io, pod, controls.clone()).await,
         Carrier::Tunnel => {
-            let io = wire(TokioIo::new(io), &pod, carrier, controls);
             let (inner, outer) = tokio::io::duplex(tunnel::PIPE_SIZE);
             tokio::join!(
                 tunnel::serve(io, outer),
                 spdy::serve(inner, pod, controls.clone())
             );
         }
-        Carrier::Channel => {
-            let io = wire(TokioIo::new(io), &pod, carrier, controls);
-            tokio::select! {
-                () = channel::serve(io, &pod, ports) => {}
-                () = controls.forwards.cancelled() => {}
-            }
-        }
+        Carrier::Channel => tokio::select! {
+            () = channel::serve(io, &pod, ports) => {}
+            () = controls.forwards.cancelled() => {}
+        },
     }
 }
 
@@ -219,6 +214,9 @@ fn requested_ports(query: &Query) -> Result<Vec<u16>, Failure> {
     let texts: Vec<&str> = query.all("ports").flat_map(|list| list.split(',')).collect();
     if texts.is_empty() {
         return Err(Failure::bad_request("query parameter \"ports\" is required"));
+    }
+    if texts.len() > channel::MAX_PORTS {
+        return Err(Failure::bad_request("too many ports for the channels there are"));
     }
     let parse = |text: &str| text.parse().ok().filter(|&port: &u16| port != 0);
     texts

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Value, json};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use super::InvalidObject;
 use super::resource::Kind;
@@ -31,6 +32,8 @@ struct Inner {
     history: VecDeque<Change>,
     /// A new watch from before this version is answered with 410.
     oldest: u64,
+    /// What ends with an object, by its uid; of those somebody has asked for.
+    lifetimes: BTreeMap<String, CancellationToken>,
 }
 
 /// The identity of an object.
@@ -116,6 +119,13 @@ impl Store {
     /// The current object.
     pub(super) fn get(&self, key: &Key) -> Option<Arc<Value>> {
         self.lock().objects.get(key).cloned()
+    }
+
+    /// What is cancelled when the object that has this name now goes: it is removed, or another takes its name.
+    pub(super) fn lifetime(&self, key: &Key) -> Option<CancellationToken> {
+        let mut inner = self.lock();
+        let uid = uid(inner.objects.get(key)?)?.to_owned();
+        Some(inner.lifetimes.entry(uid).or_default().clone())
     }
 
     /// All objects of a kind, in one or all namespaces, with the version they are valid at.
@@ -206,6 +216,12 @@ impl Inner {
     }
 
     fn remember(&mut self, change: Change) {
+        let before = change.before.as_deref().and_then(uid);
+        if before != change.after.as_deref().and_then(uid)
+            && let Some(lifetime) = before.and_then(|uid| self.lifetimes.remove(uid))
+        {
+            lifetime.cancel();
+        }
         self.history.push_back(change);
         if self.history.len() > HISTORY
             && let Some(forgotten) = self.history.pop_front()
@@ -240,6 +256,10 @@ impl Key {
             name,
         ))
     }
+}
+
+fn uid(object: &Value) -> Option<&str> {
+    object["metadata"]["uid"].as_str()
 }
 
 /// A random identifier in the form of a version 4 UUID.
@@ -307,6 +327,26 @@ mod tests {
         assert!(store.can_watch_from(version).is_err());
         let (_, version) = store.list(Kind::Service, None);
         assert!(store.can_watch_from(version).is_ok());
+    }
+
+    #[test]
+    fn an_object_lives_until_it_is_removed_or_another_has_its_name() {
+        let store = Store::new();
+        let key = Key::new(Kind::Service, "shop", "web");
+        assert!(store.lifetime(&key).is_none());
+        store.apply(service("web")).unwrap();
+        let first = store.lifetime(&key).unwrap();
+        store.apply(service("web")).unwrap();
+        assert!(!first.is_cancelled());
+
+        let mut other = service("web");
+        other["metadata"]["uid"] = "another".into();
+        store.apply(other).unwrap();
+        assert!(first.is_cancelled());
+        let second = store.lifetime(&key).unwrap();
+        assert!(!second.is_cancelled());
+        store.delete(&key);
+        assert!(second.is_cancelled());
     }
 
     #[test]

@@ -4,8 +4,19 @@ use serde_json::{Value, json};
 
 use super::resource::Kind;
 
+/// What a row holds of its object besides the cells: kubectl asks for the whole to sort by a field of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Include {
+    /// Nothing.
+    Nothing,
+    /// Its metadata.
+    Metadata,
+    /// The object.
+    Object,
+}
+
 /// Renders objects as a `meta.k8s.io/v1` Table.
-pub(super) fn of(kind: Kind, objects: &[&Value], version: &str) -> Value {
+pub(super) fn of(kind: Kind, objects: &[&Value], version: &str, include: Include) -> Value {
     let columns: Vec<_> = columns(kind)
         .iter()
         .map(|&(name, priority)| {
@@ -16,12 +27,16 @@ pub(super) fn of(kind: Kind, objects: &[&Value], version: &str) -> Value {
     let rows: Vec<_> = objects
         .iter()
         .map(|object| {
-            let meta = json!({
-                "kind": "PartialObjectMetadata",
-                "apiVersion": "meta.k8s.io/v1",
-                "metadata": object["metadata"],
-            });
-            json!({"cells": cells(kind, object), "object": meta})
+            let included = match include {
+                Include::Nothing => Value::Null,
+                Include::Metadata => json!({
+                    "kind": "PartialObjectMetadata",
+                    "apiVersion": "meta.k8s.io/v1",
+                    "metadata": object["metadata"],
+                }),
+                Include::Object => Value::clone(object),
+            };
+            json!({"cells": cells(kind, object), "object": included})
         })
         .collect();
     json!({

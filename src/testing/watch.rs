@@ -15,7 +15,7 @@ use super::resource::Kind;
 use super::selector::Selector;
 use super::status::Failure;
 use super::store::Change;
-use super::table;
+use super::table::{self, Include};
 
 /// Time between unasked bookmarks. A real server sends one about every minute; tests should not wait that long.
 const BOOKMARK_INTERVAL: Duration = Duration::from_secs(5);
@@ -38,8 +38,8 @@ pub(super) struct Watch {
     pub(super) bookmarks: bool,
     /// End of the watch.
     pub(super) timeout: Option<Duration>,
-    /// Send objects as table rows.
-    pub(super) table: bool,
+    /// Send objects as table rows that include this.
+    pub(super) table: Option<Include>,
 }
 
 impl Watch {
@@ -138,10 +138,9 @@ impl Watch {
     }
 
     fn envelope(&self, event: &str, object: &Value) -> Value {
-        let object = if self.table {
-            table::of(self.kind, &[object], "")
-        } else {
-            object.clone()
+        let object = match self.table {
+            Some(include) => table::of(self.kind, &[object], "", include),
+            None => object.clone(),
         };
         json!({"type": event, "object": object})
     }

@@ -236,6 +236,7 @@ fn look_up(service: &ServiceName) -> Result<View, LookupError> {
         ready: true,
         terminating: false,
         ports: [("http".to_owned(), 8080)].into(),
+        is_itself: false,
         load: Arc::default(),
     };
     Ok(View {

@@ -1,10 +1,12 @@
 //! Runs the whole program inside a test.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use kube_tunnel::app::App;
 use kube_tunnel::config::{Config, Layers, Setting, setting};
+use kube_tunnel::k8s::{self, Carriers, SlowReaders};
 use kube_tunnel::privileges::{Account, Privileges};
 use kube_tunnel::testing::backend::{Protocols, Serve};
 use kube_tunnel::testing::{FakeCluster, Identity, Workload};
@@ -50,7 +52,10 @@ impl TestApp {
             .unwrap();
         let address = app.addresses()[0];
         let (stop, stopped) = oneshot::channel();
-        let running = tokio::spawn(async move { app.run(async move { drop(stopped.await) }).await.unwrap() });
+        let running = tokio::spawn(async move {
+            let stopped = async move { drop(stopped.await) };
+            app.run(stopped, std::future::pending()).await.unwrap();
+        });
         Self {
             address,
             stop: Some(stop),
@@ -95,6 +100,20 @@ pub(crate) fn config(kubeconfig: &str, flags: &[(&'static Setting, &str)]) -> Co
     Config::new(&Layers::load(&all, None, |_| None).unwrap(), &Account::own()).unwrap()
 }
 
+/// The settings of a client that is not part of a whole program.
+pub(crate) fn client_config(kubeconfig: &Path) -> k8s::Config {
+    k8s::Config {
+        kubeconfig: Some(kubeconfig.to_owned()),
+        context: None,
+        timeout: PATIENCE,
+        poll_interval: PATIENCE,
+        idle_timeout: PATIENCE,
+        carriers: Carriers::default(),
+        slow_readers: SlowReaders::default(),
+        account: Account::default(),
+    }
+}
+
 /// Waits until `condition` holds.
 pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let waiting = async {
@@ -105,6 +124,18 @@ pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) 
     tokio::time::timeout(PATIENCE, waiting)
         .await
         .unwrap_or_else(|_| panic!("never happened: {what}"));
+}
+
+/// Waits for what the first request to a Service sets off besides: its two watches, and a session that is kept ready.
+pub(crate) async fn settled(cluster: &FakeCluster) {
+    eventually("both watches", || {
+        cluster.calls().iter().filter(|call| call.verb == "watch").count() == 2
+    })
+    .await;
+    let ready = cluster.forwards().until(|counts| counts.sessions_open == 2);
+    tokio::time::timeout(PATIENCE, ready)
+        .await
+        .expect("no session was made ready");
 }
 
 /// Makes the Service `web` of the namespace `shop` with pods that speak both versions of HTTP.

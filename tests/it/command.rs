@@ -152,6 +152,15 @@ async fn flags_of_features_to_come_are_accepted_and_say_so() {
 #[cfg(unix)]
 #[tokio::test]
 async fn the_demo_shows_commands_that_work_and_ends_at_ctrl_c() {
+    use crate::app::client_config;
+    use crate::client::{Client, fetch};
+    use crate::http::greet;
+    use crate::tls::connect_to;
+    use kube_tunnel::k8s::Cluster;
+    use std::path::Path;
+
+    const WEB: &str = "web.shop.svc.cluster.local";
+    const BROKEN: &str = "broken.shop.svc.cluster.local";
     let mut running = Running(
         program(&["demo"])
             .stdout(Stdio::piped())
@@ -160,47 +169,56 @@ async fn the_demo_shows_commands_that_work_and_ends_at_ctrl_c() {
             .unwrap(),
     );
     let stdout = BufReader::new(running.0.stdout.take().unwrap());
-    let (found, port) = tokio::sync::oneshot::channel();
+    let (printed, guide) = tokio::sync::oneshot::channel();
     let reading = tokio::task::spawn_blocking(move || {
-        let mut found = Some(found);
+        let mut printed = Some(printed);
         let mut text = String::new();
         for line in stdout.lines().map_while(Result::ok) {
-            if let (Some((_, rest)), true) = (line.split_once("http://localhost:"), found.is_some()) {
-                let port: u16 = rest.split('/').next().unwrap().parse().unwrap();
-                found.take().unwrap().send(port).unwrap();
-            }
             text.push_str(&line);
+            text.push('\n');
+            // The guide's last line.
+            if line.contains("Ctrl-C")
+                && let Some(printed) = printed.take()
+            {
+                printed.send(text.clone()).unwrap();
+            }
         }
-        text
     });
-    let port = tokio::time::timeout(PATIENCE, port)
+    let guide = tokio::time::timeout(PATIENCE, guide)
         .await
-        .expect("the demo printed no command")
+        .expect("the demo printed no guide")
         .unwrap();
+    let after = |words: &str| guide.split(words).nth(1).unwrap();
+    let word = |words: &str| after(words).split_whitespace().next().unwrap();
+    let port: u16 = word("http://localhost:").trim_end_matches('/').parse().unwrap();
     let address = std::net::SocketAddr::from(([127, 0, 0, 1], port));
-    let reply = crate::client::fetch(address, "web.shop.svc.cluster.local", "/").await;
+
+    let reply = fetch(address, WEB, "/").await;
     assert_eq!(reply.status, 200, "{}", reply.text());
-    assert_eq!(
-        crate::client::fetch(address, "broken.shop.svc.cluster.local", "/")
-            .await
-            .status,
-        502
-    );
+    assert_eq!(fetch(address, BROKEN, "/").await.status, 502);
+    let events = fetch(address, WEB, "/sse?count=2&interval_ms=1").await.text();
+    assert_eq!(events.matches("data:").count(), 2, "{events}");
+    let hello = greet(&mut Client::h2c(address).await).await;
+    assert!(hello.message.contains("you"), "{hello:?}");
+
+    let trusted = Path::new(word("--cacert "));
+    let stream = connect_to(address, trusted, WEB, &["http/1.1"], rustls::DEFAULT_VERSIONS)
+        .await
+        .unwrap();
+    let io = hyper_util::rt::TokioIo::new(stream);
+    let (sender, connection) = hyper::client::conn::http1::handshake(io).await.unwrap();
+    tokio::spawn(connection);
+    assert_eq!(Client::Http1(sender).get(WEB, "/").await.status, 200);
+
+    let kubeconfig = Path::new(word("--kubeconfig "));
+    let kubernetes = Cluster::load(&client_config(kubeconfig)).await.unwrap();
+    kubernetes.check().await.unwrap();
+
     running.signal("-INT");
     assert_eq!(running.wait().await.code(), Some(0));
-    let text = tokio::time::timeout(PATIENCE, reading).await.unwrap().unwrap();
-    let folder = text
-        .split("--kubeconfig ")
-        .nth(1)
-        .unwrap()
-        .split(' ')
-        .next()
-        .unwrap()
-        .to_owned();
-    assert!(
-        !std::path::Path::new(&folder).exists(),
-        "{folder} was left behind"
-    );
+    tokio::time::timeout(PATIENCE, reading).await.unwrap().unwrap();
+    let left = [trusted, kubeconfig].into_iter().find(|path| path.exists());
+    assert_eq!(left, None, "left behind");
 }
 
 #[cfg(unix)]

@@ -11,7 +11,7 @@ use kube_tunnel::testing::{FakeCluster, Workload};
 use prost::Message;
 use tokio::time::Instant;
 
-use crate::app::{TestApp, eventually, web};
+use crate::app::{TestApp, eventually, settled, web};
 use crate::client::{Client, Reply, fetch, get};
 
 const WEB: &str = "web.shop.svc.cluster.local";
@@ -157,6 +157,15 @@ async fn grpc_calls_keep_their_trailers() {
     let cluster = FakeCluster::start().await.unwrap();
     let _workload = greeter(&cluster);
     let app = TestApp::start(&cluster).await;
+    // The pod's server does not announce them.
+    for mut client in [Client::h2c(app.address).await, Client::http1(app.address).await] {
+        let hello = greet(&mut client).await;
+        assert!(hello.message.contains("you"), "{hello:?}");
+    }
+}
+
+/// Calls the Service `greeter` of the namespace `shop`; the call succeeds and has its trailers.
+pub(crate) async fn greet(client: &mut Client) -> HelloReply {
     let message = HelloRequest { name: "you".into() }.encode_to_vec();
     let mut frame = vec![0];
     frame.extend(u32::try_from(message.len()).unwrap().to_be_bytes());
@@ -167,11 +176,10 @@ async fn grpc_calls_keep_their_trailers() {
         .header("te", "trailers")
         .body(Full::new(Bytes::from(frame)))
         .unwrap();
-    let reply = Reply::read(Client::h2c(app.address).await.send(request).await).await;
+    let reply = Reply::read(client.send(request).await).await;
     assert_eq!(reply.status, StatusCode::OK);
     assert_eq!(reply.trailers.as_ref().unwrap()["grpc-status"], "0");
-    let hello = HelloReply::decode(&reply.body[5..]).unwrap();
-    assert!(hello.message.contains("you"), "{hello:?}");
+    HelloReply::decode(&reply.body[5..]).unwrap()
 }
 
 #[tokio::test]
@@ -195,11 +203,7 @@ async fn a_warm_request_costs_no_api_call_and_no_new_connection() {
     let app = TestApp::start(&cluster).await;
     let mut client = Client::http1(app.address).await;
     client.get(WEB, "/").await;
-    // The watches begin after the first answer.
-    eventually("both watches", || {
-        cluster.calls().iter().filter(|call| call.verb == "watch").count() == 2
-    })
-    .await;
+    settled(&cluster).await;
     cluster.clear_calls();
     for _ in 0..20 {
         client.get(WEB, "/").await;
@@ -220,6 +224,7 @@ async fn a_hundred_first_requests_share_one_set_up() {
     for request in requests {
         assert_eq!(request.await.unwrap(), StatusCode::OK);
     }
+    settled(&cluster).await;
     let calls = cluster.calls();
     let count = |verb: &str, resource: &str, subresource: Option<&str>| {
         let matches = |call: &&kube_tunnel::testing::ApiCall| {
@@ -253,9 +258,13 @@ async fn a_burst_opens_no_more_connections_than_it_has_requests() {
 async fn a_slow_service_does_not_delay_another() {
     let cluster = FakeCluster::start().await.unwrap();
     let _workload = web(&cluster, 1);
+    let other = cluster.workload("shop", "slow").port("http", 80, 8080);
+    let other = other.serve(Serve::Http(Protocols::Any)).create().unwrap();
     let app = TestApp::start(&cluster).await;
     let address = app.address;
-    let slow = tokio::spawn(async move { fetch(address, WEB, "/slow?ms=3000").await });
+    let slow = tokio::spawn(async move { fetch(address, "slow.shop", "/slow?ms=3000").await });
+    let backend = other.pods[0].backends[0].http().unwrap();
+    eventually("the slow request", || backend.in_flight() == 1).await;
     let before = Instant::now();
     fetch(address, WEB, "/").await;
     assert!(before.elapsed() < Duration::from_secs(2) && !slow.is_finished());

@@ -1,11 +1,12 @@
 //! Start, stop and drain.
 
+use std::net::TcpListener;
+
 use http::StatusCode;
 use http_body_util::BodyExt;
 use kube_tunnel::config::setting;
 use kube_tunnel::testing::FakeCluster;
 use kube_tunnel::testing::backend::{Protocols, Serve};
-use tokio::net::TcpListener;
 
 use crate::app::{PATIENCE, TestApp, eventually, web};
 use crate::client::{Client, fetch, get};
@@ -52,11 +53,16 @@ async fn the_deadline_cuts_off_what_does_not_end() {
 #[tokio::test]
 async fn the_port_is_free_once_the_drain_has_started() {
     let cluster = FakeCluster::start().await.unwrap();
+    let workload = web(&cluster, 1);
     let mut app = TestApp::start(&cluster).await;
-    let address = app.address;
+    let (address, backend) = (app.address, workload.pods[0].backends[0].http().unwrap());
+    let mut client = Client::http1(address).await;
+    let events = client.send(get(WEB, "/sse?count=1000000&interval_ms=20")).await;
     app.begin_stop();
+    eventually("the port to be free", || TcpListener::bind(address).is_ok()).await;
+    assert_eq!(backend.in_flight(), 1, "the drain was over");
+    drop((events, client));
     app.ended().await;
-    TcpListener::bind(address).await.unwrap();
 }
 
 #[tokio::test]

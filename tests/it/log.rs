@@ -153,6 +153,27 @@ async fn a_request_that_cannot_be_read_is_in_the_log_too() {
 }
 
 #[tokio::test]
+async fn requests_that_a_second_signal_cuts_off_are_in_the_log() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let _workload = web(&cluster, 1);
+    let (running, log, address) = start(&cluster, &[]).await;
+    let (mut http1, mut http2) = (Client::http1(address).await, Client::h2c(address).await);
+    let without_end = || get("web.shop", "/sse?count=1000000&interval_ms=50");
+    let _streams = (http1.send(without_end()).await, http2.send(without_end()).await);
+    running.signal("-INT");
+    let log = log.until("stopping").await;
+    running.signal("-INT");
+    assert_eq!(running.wait().await.code(), Some(1));
+    let log = log.until(" access ").await.until(" access ").await;
+    let records: Vec<_> = log
+        .seen
+        .iter()
+        .filter(|line| line.contains("path=\"/sse\""))
+        .collect();
+    assert_eq!(records.len(), 2, "{:#?}", log.seen);
+}
+
+#[tokio::test]
 async fn a_log_that_nobody_reads_holds_up_no_request() {
     let cluster = FakeCluster::start().await.unwrap();
     let _workload = web(&cluster, 1);

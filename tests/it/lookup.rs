@@ -4,11 +4,13 @@ use std::collections::BTreeSet;
 
 use http::StatusCode;
 use kube_tunnel::config::setting;
+use kube_tunnel::testing::backend::{Protocols, Serve};
 use kube_tunnel::testing::{FakeCluster, ForwardFault, Identity, Rule};
 use serde_json::{Value, json};
 
 use crate::app::{TestApp, eventually, web};
 use crate::client::fetch;
+use crate::transport::submit;
 
 const WEB: &str = "web.shop.svc.cluster.local";
 
@@ -138,14 +140,16 @@ async fn a_replaced_pod_costs_no_request() {
     let cluster = FakeCluster::start().await.unwrap();
     let workload = web(&cluster, 2);
     let app = TestApp::start(&cluster).await;
-    for round in 0..3 {
-        for _ in 0..4 {
-            let reply = fetch(app.address, WEB, "/").await;
-            assert_eq!(reply.status, StatusCode::OK, "round {round}: {}", reply.text());
-        }
-        cluster.delete_pod("shop", &workload.pods[0].name);
+    // The backends outlive the pods they were started for, and are what tells who has answered.
+    let backends = [&workload.pods[0].name, &workload.pods[1].name];
+    let mut pod = workload.pods[0].name.clone();
+    for _ in 0..3 {
+        wait_for_pods(&app, &backends).await;
+        pod = cluster.replace_pod("shop", &pod).unwrap();
     }
-    wait_for_pods(&app, &[&workload.pods[1].name]).await;
+    wait_for_pods(&app, &backends).await;
+    assert!(cluster.delete_pod("shop", &pod));
+    wait_for_pods(&app, &backends[1..]).await;
 }
 
 #[tokio::test]
@@ -163,6 +167,41 @@ async fn a_pod_that_is_gone_is_passed_over_before_the_cluster_says_so() {
             (StatusCode::OK, workload.pods[1].name.clone())
         );
     }
+}
+
+#[tokio::test]
+async fn a_pod_that_its_kubelet_has_lost_is_passed_over_even_for_a_post() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = web(&cluster, 2);
+    let (lost, other) = (&workload.pods[0].name, &workload.pods[1].name);
+    let answer = ForwardFault::Kubelet(
+        StatusCode::INTERNAL_SERVER_ERROR,
+        format!("pod not found (\"{lost}_shop\")"),
+    );
+    cluster.faults().set_forward("shop", lost, Some(answer));
+    cluster.set_ready("shop", other, false);
+    let app = TestApp::start(&cluster).await;
+    let address = app.address;
+    let request = tokio::spawn(async move { submit(address, WEB, "/").await });
+    let asked = || {
+        cluster
+            .calls()
+            .into_iter()
+            .find(|call| call.subresource.is_some())
+    };
+    eventually("an upgrade", || asked().is_some()).await;
+    cluster.set_ready("shop", other, true);
+    let reply = request.await.unwrap();
+    assert_eq!(reply.status, StatusCode::OK, "{}", reply.text());
+    assert_eq!(&reply.pod(), other);
+    // The form of the port-forward is not to blame: none by GET was tried.
+    let forms: BTreeSet<_> = cluster
+        .calls()
+        .into_iter()
+        .filter(|call| call.subresource.is_some())
+        .map(|call| call.verb)
+        .collect();
+    assert_eq!(forms, BTreeSet::from(["create".to_owned()]));
 }
 
 #[tokio::test]
@@ -338,6 +377,33 @@ async fn a_request_that_finds_no_ready_pod_waits_for_one() {
     until_asked_for_slices(&cluster).await;
     cluster.set_ready("shop", pod, true);
     assert_eq!(waiting.await.unwrap(), StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_service_that_publishes_unready_pods_has_them_asked() {
+    let resources = ["services", "pods", "endpointslices"];
+    for readable in [&resources[..], &resources[..2]] {
+        let cluster = FakeCluster::start().await.unwrap();
+        let workload = cluster
+            .workload("shop", "web")
+            .port("http", 80, ("http", 8080))
+            .serve(Serve::Http(Protocols::Any))
+            .spec("publishNotReadyAddresses", true)
+            .create()
+            .unwrap();
+        assert!(cluster.set_ready("shop", &workload.pods[0].name, false));
+        let identity = user(
+            &cluster,
+            &[
+                Rule::new(&["get", "list", "watch"], readable),
+                Rule::new(&["get", "create"], &["pods/portforward"]),
+            ],
+        );
+        let kubeconfig = cluster.kubeconfig_for(&identity).unwrap();
+        let app = TestApp::with(&kubeconfig, &[(&setting::READY_TIMEOUT, "100ms")]).await;
+        let reply = fetch(app.address, WEB, "/").await;
+        assert_eq!(reply.status, StatusCode::OK, "{readable:?}: {}", reply.text());
+    }
 }
 
 #[tokio::test]

@@ -1,5 +1,7 @@
 //! The pages of the proxy's own hosts (contract D6, D7).
 
+use std::process::Stdio;
+
 use http::{Method, Request, StatusCode};
 use http_body_util::Full;
 use kube_tunnel::config::setting;
@@ -8,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::app::{PATIENCE, TestApp, web};
 use crate::client::{Client, Reply, fetch, get};
+use crate::program::{Lines, Running, address, kubeconfig, path, program};
 
 const WEB: &str = "web.shop.svc.cluster.local";
 
@@ -255,4 +258,24 @@ async fn a_page_of_another_site_gets_no_own_page() {
         ask(&open, "https://evil.example", "/health").await.status,
         StatusCode::OK
     );
+}
+
+#[tokio::test]
+async fn a_service_of_its_own_pod_leads_to_its_own_pages_and_not_round_and_round() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = web(&cluster, 2);
+    let kubeconfig = kubeconfig(&cluster.kubeconfig());
+    let mut command = program(&["--port=0", "--bind=127.0.0.1", "--kubeconfig", path(&kubeconfig)]);
+    command
+        .env("POD_NAMESPACE", "shop")
+        .env("POD_NAME", &workload.pods[1].name);
+    let mut running = Running(command.stderr(Stdio::piped()).spawn().unwrap());
+    let log = Lines::new(running.0.stderr.take().unwrap())
+        .until("listening")
+        .await;
+    for _ in 0..3 {
+        let reply = fetch(address(&log), WEB, "/livez").await;
+        assert_eq!((reply.status, &*reply.text()), (StatusCode::OK, "ok\n"));
+    }
+    assert_eq!(cluster.forwards().counts().sessions_open, 0);
 }

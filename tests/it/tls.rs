@@ -1,6 +1,7 @@
 //! TLS on the one port (contract C1 to C3).
 
-use std::path::PathBuf;
+use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 
 use http::{Request, StatusCode};
@@ -40,10 +41,21 @@ async fn connect(
     alpn: &[&str],
     versions: &[&'static SupportedProtocolVersion],
 ) -> std::io::Result<TlsStream<TcpStream>> {
-    let exported: PathBuf = app.folder.path().join("tls/cluster.local/server.crt");
+    let exported = app.folder.path().join("tls/cluster.local/server.crt");
+    connect_to(app.address, &exported, name, alpn, versions).await
+}
+
+/// Connects as a client that trusts the certificate in a file and nothing else.
+pub(crate) async fn connect_to(
+    proxy: SocketAddr,
+    trusted: &Path,
+    name: &str,
+    alpn: &[&str],
+    versions: &[&'static SupportedProtocolVersion],
+) -> std::io::Result<TlsStream<TcpStream>> {
     let mut roots = RootCertStore::empty();
     roots
-        .add(CertificateDer::from_pem_file(exported).unwrap())
+        .add(CertificateDer::from_pem_file(trusted).unwrap())
         .unwrap();
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let mut config = ClientConfig::builder_with_provider(provider)
@@ -52,7 +64,7 @@ async fn connect(
         .with_root_certificates(roots)
         .with_no_client_auth();
     config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
-    let stream = TcpStream::connect(app.address).await?;
+    let stream = TcpStream::connect(proxy).await?;
     let name = ServerName::try_from(name.to_owned()).unwrap();
     TlsConnector::from(Arc::new(config)).connect(name, stream).await
 }

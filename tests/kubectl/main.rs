@@ -118,6 +118,25 @@ async fn tables_show_what_kubectl_shows() {
 }
 
 #[tokio::test]
+async fn tables_can_be_sorted_by_any_field() {
+    for binary in binaries() {
+        let scene = Scene::new().await;
+        let last = json!({
+            "kind": "Service", "metadata": {"name": "api", "namespace": "shop"}, "spec": {"ports": [{"port": 90}]},
+        });
+        scene.cluster.apply(last).unwrap();
+        let sorted = ["get", "svc", "--sort-by=.spec.ports[0].port"];
+        let services = scene.admin(&binary).succeeds(&sorted).await;
+        let names: Vec<_> = services
+            .lines()
+            .skip(1)
+            .filter_map(|line| line.split_whitespace().next())
+            .collect();
+        assert_eq!(names, ["web", "api"], "{services}");
+    }
+}
+
+#[tokio::test]
 async fn objects_come_as_json() {
     for binary in binaries() {
         let scene = Scene::new().await;

@@ -49,6 +49,32 @@ fn object(spec: &Value) -> KubeService {
 }
 
 #[test]
+fn a_slice_that_refers_to_anything_but_a_pod_of_its_namespace_has_no_endpoint() {
+    let referring = |namespace: &str, name: &str| {
+        let mut slice = slice("IPv4", &[("web-1", true)]);
+        let target = slice.endpoints.as_mut().unwrap()[0].target_ref.as_mut().unwrap();
+        target.namespace = Some(namespace.into());
+        target.name = Some(name.into());
+        endpoints_from_slices(&[slice], &mut Loads::default()).len()
+    };
+    assert_eq!(referring("default", "web-1.sub"), 1);
+    assert_eq!(referring("kube-system", "web-1"), 0);
+    for name in [
+        "",
+        "..",
+        "a/exec?command=sh&x=",
+        "a%2Fexec",
+        "a b",
+        "a#",
+        "-a",
+        "a-",
+        "A",
+    ] {
+        assert_eq!(referring("default", name), 0, "{name:?}");
+    }
+}
+
+#[test]
 fn the_kinds_of_service_are_told_apart() {
     let kind = |spec: Value| service(web(), &object(&spec)).kind;
     assert_eq!(kind(json!({"clusterIP": "10.96.0.7"})), ServiceKind::Virtual);

@@ -12,6 +12,7 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use kube::Client;
 use kube::client::Body;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
 use crate::k8s::error::{self, Kind};
 use crate::k8s::portforward::cause;
@@ -204,10 +205,18 @@ pub(super) async fn upgrade(
         .unwrap_or_else(|_| Err(Refusal::silent(timeout)))
 }
 
+/// What may stand in a segment of a path as it is (RFC 3986 section 2.3).
+const RESERVED: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'-')
+    .remove(b'.')
+    .remove(b'_')
+    .remove(b'~');
+
 fn path(pod: &PodRef) -> String {
     format!(
         "/api/v1/namespaces/{}/pods/{}/portforward",
-        pod.namespace, pod.name
+        utf8_percent_encode(&pod.namespace, RESERVED),
+        utf8_percent_encode(&pod.name, RESERVED)
     )
 }
 
@@ -215,7 +224,7 @@ fn path(pod: &PodRef) -> String {
 fn spdy_request(pod: &PodRef) -> Request<Body> {
     let mut request = Request::new(Body::empty());
     *request.method_mut() = Method::POST;
-    *request.uri_mut() = path(pod).parse().expect("names of pods are parts of paths");
+    *request.uri_mut() = path(pod).parse().expect("what is encoded is a path");
     let headers = request.headers_mut();
     headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
     headers.insert(UPGRADE, HeaderValue::from_static(SPDY));
@@ -241,7 +250,7 @@ fn check_spdy(headers: &HeaderMap) -> Result<(), String> {
 fn websocket_request(path: &str, protocol: &'static str) -> (Request<Body>, Option<Handshake>) {
     let handshake = Handshake::new(protocol);
     let mut request = Request::new(Body::empty());
-    *request.uri_mut() = path.parse().expect("names of pods are parts of paths");
+    *request.uri_mut() = path.parse().expect("what is encoded is a path");
     handshake.request(request.headers_mut());
     (request, Some(handshake))
 }
@@ -319,7 +328,7 @@ fn verdict(error: &kube::Error) -> Verdict {
             return Verdict::Unreachable;
         }
         if let Some(http) = error.downcast_ref::<hyper::Error>()
-            && (http.is_incomplete_message() || http.is_closed())
+            && (http.is_incomplete_message() || http.is_closed() || http.is_canceled())
         {
             return Verdict::Doubtful;
         }
@@ -329,7 +338,41 @@ fn verdict(error: &kube::Error) -> Verdict {
         next = error.source();
     }
     match io_cause(error).map(std::io::Error::kind) {
-        Some(std::io::ErrorKind::ConnectionReset | std::io::ErrorKind::BrokenPipe) => Verdict::Doubtful,
+        // The last is a TLS connection's end without a goodbye.
+        Some(
+            std::io::ErrorKind::ConnectionReset
+            | std::io::ErrorKind::ConnectionAborted
+            | std::io::ErrorKind::BrokenPipe
+            | std::io::ErrorKind::UnexpectedEof,
+        ) => Verdict::Doubtful,
         _ => Verdict::Final,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_without_an_answer_may_be_about_the_form_whatever_it_looks_like() {
+        use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+        for kind in [BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof] {
+            let error = kube::Error::Service(Box::new(std::io::Error::from(kind)));
+            assert_eq!(verdict(&error), Verdict::Doubtful, "{kind}");
+        }
+    }
+
+    #[test]
+    fn a_name_is_one_segment_of_the_path_whatever_it_is() {
+        let pod = PodRef {
+            namespace: "a/b".into(),
+            name: "web/exec?command=sh #".into(),
+            uid: "".into(),
+        };
+        let path = spdy_request(&pod).uri().to_string();
+        assert_eq!(
+            path,
+            "/api/v1/namespaces/a%2Fb/pods/web%2Fexec%3Fcommand%3Dsh%20%23/portforward"
+        );
     }
 }

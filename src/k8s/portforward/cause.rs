@@ -82,4 +82,24 @@ mod tests {
             "failed to connect to localhost:80 inside namespace \"1f\": connection refused"
         ));
     }
+
+    #[test]
+    fn an_upgrade_that_fails_because_the_pod_has_ended_is_told_from_trouble_on_the_way() {
+        for text in [
+            "pod not found (\"web-1_shop\")",
+            "pod does not exist",
+            "unable to upgrade connection: pod web-1 is not running",
+            "failed to find sandbox \"1f\" in store: not found",
+            "network namespace for sandbox \"1f\" is closed",
+        ] {
+            assert!(is_pod_gone(text), "{text}");
+        }
+        for text in [
+            "error dialing backend: dial tcp 10.0.0.7:10250: connect: connection refused",
+            "rpc error: code = Unavailable desc = connection error",
+            "server is not initialized yet",
+        ] {
+            assert!(!is_pod_gone(text), "{text}");
+        }
+    }
 }

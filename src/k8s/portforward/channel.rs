@@ -362,7 +362,12 @@ impl Life {
     fn act(&mut self, now: Instant) -> Act {
         if self.closing_due().is_some_and(|due| due <= now) {
             if self.closed_at.is_some() {
-                return Act::End;
+                // Who is there answers a Close, unless payload that is not read is in front of it.
+                return if self.may_be_unread() {
+                    Act::End
+                } else {
+                    Act::GiveUp
+                };
             }
             self.closed_at = Some(now);
             return Act::Close;

@@ -123,9 +123,10 @@ impl Dialer {
                 Verdict::Doubtful if !sure && !doubtful && another => doubtful = true,
                 Verdict::Doubtful if sure => {
                     self.carriers.troubled();
-                    return Err(first.unwrap_or(error));
+                    return Err(error);
                 }
-                _ => return Err(first.unwrap_or(error)),
+                // Not the refusal of another form, which may sound final: this is what stands in the way now.
+                _ => return Err(error),
             }
             debug!(?carrier, %error, ?verdict, "this form of port-forward does not work here");
             first.get_or_insert(error);
@@ -171,9 +172,13 @@ impl Dialer {
                 error: error @ ConnectError::Forbidden(_),
                 ..
             }) => {
-                // The right to one of the better forms may come later, and is the one to be told of.
-                self.carriers.forget();
-                Err(self.carriers.wanted().explain(single.why.unwrap_or(error)))
+                // The right to one of the better forms may come later, and is the one to be told of. What else better forms met
+                // counts if it may have passed.
+                self.carriers.forget(Carrier::Channel);
+                let why = single
+                    .why
+                    .filter(|why| single.doubtful || matches!(why, ConnectError::Forbidden(_)));
+                Err(self.carriers.wanted().explain(why.unwrap_or(error)))
             }
             Err(Refusal { error, .. }) => Err(error),
         }

@@ -137,9 +137,12 @@ impl Memory {
         }
     }
 
-    /// Begins again with the best form.
-    pub(super) fn forget(&self) {
-        self.lock().known = None;
+    /// Begins again with the best form, if this one is what worked last: another one works elsewhere.
+    pub(super) fn forget(&self, carrier: Carrier) {
+        let mut inner = self.lock();
+        if inner.known.take_if(|known| known.carrier == carrier).is_some() {
+            inner.changes += 1;
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -195,6 +198,17 @@ mod tests {
             memory.note(carrier, false, memory.changes(), now);
             assert!(memory.better(now + 2 * LATER).is_empty(), "{wanted:?}");
         }
+    }
+
+    #[test]
+    fn what_is_refused_in_one_place_is_not_forgotten_for_others() {
+        let (memory, now) = (Memory::new(Carriers::Auto), Instant::now());
+        memory.note(Carrier::Spdy, false, memory.changes(), now);
+        memory.forget(Carrier::Channel);
+        assert!(memory.works(Carrier::Spdy));
+        memory.note(Carrier::Channel, false, memory.changes(), now);
+        memory.forget(Carrier::Channel);
+        assert!(!memory.is_known());
     }
 
     #[test]

@@ -4,8 +4,8 @@
 use std::net::IpAddr;
 
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRAILER,
-    TRANSFER_ENCODING, UPGRADE, VIA,
+    CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, FORWARDED, HOST, HeaderMap, HeaderName, HeaderValue, TE,
+    TRAILER, TRANSFER_ENCODING, UPGRADE, VIA,
 };
 use http::request::Parts;
 use http::uri::{PathAndQuery, Scheme, Uri};
@@ -29,6 +29,13 @@ const HOP_BY_HOP: [HeaderName; 5] = [
 pub(in crate::proxy) fn authority<B>(request: &Request<B>) -> Result<String, Error> {
     if request.method() == Method::CONNECT && !is_extended_connect(request) {
         return Err(Error::BadRequest("CONNECT is not served on this port"));
+    }
+    if request.version() <= Version::HTTP_11
+        && request.uri().authority().is_some()
+        && request.uri().scheme().is_none()
+    {
+        // RFC 9112 section 3.2.3: only CONNECT names its target so.
+        return Err(Error::BadRequest("the target is neither a path nor a URL"));
     }
     let mut hosts = request.headers().get_all(HOST).iter();
     let host = hosts.next();
@@ -128,7 +135,21 @@ pub(in crate::proxy) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
+/// Announces the trailers of a gRPC answer to an HTTP/1.1 client: servers of HTTP/2 rarely do, and the HTTP library writes no
+/// others.
+pub(super) fn announce_grpc_trailers(headers: &mut HeaderMap) {
+    let names = HeaderValue::from_static("grpc-status, grpc-message, grpc-status-details-bin");
+    headers.entry(TRAILER).or_insert(names);
+}
+
 /// Removes fields without changing the order of the others, as `HeaderMap::remove` would.
+pub(in crate::proxy) fn remove(headers: &mut HeaderMap, name: &HeaderName) {
+    if headers.contains_key(name) {
+        keep(headers, |other| other != name);
+    }
+}
+
+/// Removes all but these.
 fn keep(headers: &mut HeaderMap, wanted: impl Fn(&HeaderName) -> bool) {
     let mut kept = HeaderMap::with_capacity(headers.len());
     let mut current = None;
@@ -142,7 +163,8 @@ fn keep(headers: &mut HeaderMap, wanted: impl Fn(&HeaderName) -> bool) {
     *headers = kept;
 }
 
-/// Tells the pod about the client and its way here. What the client said of itself in these fields has no meaning.
+/// Tells the pod about the client and its way here. What the client said in fields of that kind has no meaning: those of ours
+/// take their place, and the others go, since a pod may believe them.
 pub(super) fn add_forwarded(parts: &mut Parts, client: IpAddr, authority: &str, secure: bool) {
     let version = match parts.version {
         Version::HTTP_10 => "1.0",
@@ -157,6 +179,10 @@ pub(super) fn add_forwarded(parts: &mut Parts, client: IpAddr, authority: &str, 
             if secure { "https" } else { "http" }.to_owned(),
         ),
     ];
+    let foreign = |name: &HeaderName| name == FORWARDED || name.as_str().starts_with("x-forwarded-");
+    if parts.headers.keys().any(foreign) {
+        keep(&mut parts.headers, |name| !foreign(name));
+    }
     for (name, value) in fields {
         if let Ok(value) = HeaderValue::try_from(value) {
             parts.headers.insert(name, value);
@@ -195,7 +221,7 @@ pub(super) fn prepare(parts: &mut Parts, wire: Wire, authority: &str, body: bool
         }
         Wire::H2c | Wire::H2 => {
             parts.version = Version::HTTP_2;
-            parts.headers.remove(HOST);
+            remove(&mut parts.headers, &HOST);
             let path_and_query = path_and_query(&parts.uri);
             let mut uri = std::mem::take(&mut parts.uri).into_parts();
             uri.scheme = Some(if wire == Wire::H2 {
@@ -273,6 +299,15 @@ mod tests {
             authority(&request("/x", Version::HTTP_11, &["a.b"])).unwrap(),
             "a.b"
         );
+    }
+
+    #[test]
+    fn a_target_that_is_an_authority_alone_is_refused() {
+        for target in ["admin.shop:80", "foo"] {
+            assert!(authority(&request(target, Version::HTTP_11, &["web.shop"])).is_err());
+        }
+        let http2 = request("https://a.b/x", Version::HTTP_2, &[]);
+        assert_eq!(authority(&http2).unwrap(), "a.b");
     }
 
     #[test]
@@ -411,9 +446,13 @@ mod tests {
         parts
             .headers
             .insert("x-forwarded-for", HeaderValue::from_static("10.0.0.1"));
+        for name in ["forwarded", "x-forwarded-port"] {
+            parts.headers.insert(name, HeaderValue::from_static("x"));
+        }
         parts.headers.insert("via", HeaderValue::from_static("1.0 other"));
         add_forwarded(&mut parts, IpAddr::from([127, 0, 0, 1]), "a.b", true);
         assert_eq!(parts.headers["x-forwarded-for"], "127.0.0.1");
+        assert!(!parts.headers.contains_key("forwarded") && !parts.headers.contains_key("x-forwarded-port"));
         assert_eq!(
             (
                 &parts.headers["x-forwarded-host"],

@@ -16,6 +16,7 @@ use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy};
 use tokio::time::Instant;
+use tokio_util::io::InspectReader;
 
 use crate::drain::Drain;
 use crate::proxy::body::{BoxError, ResponseBody};
@@ -25,7 +26,7 @@ use crate::proxy::http::headers;
 use crate::proxy::socket::Reset;
 use crate::proxy::upstream::{Answer, Lease};
 use crate::registry::InFlight;
-use crate::traffic::{OpenRecord, Outcome};
+use crate::traffic::{ByteCount, OpenRecord, Outcome};
 
 /// The field that proves a WebSocket handshake; over HTTP/2 there is none (RFC 8441 section 5).
 const ACCEPT: HeaderName = http::header::SEC_WEBSOCKET_ACCEPT;
@@ -148,28 +149,55 @@ async fn join(
     pod: OnUpgrade,
     reset: Option<Reset>,
     _held: (Arc<Downstream>, Lease, InFlight),
-    mut record: OpenRecord,
+    record: OpenRecord,
 ) {
-    match splice(client, pod, reset).await {
-        Ok((received, sent)) => {
-            record
-                .received
-                .share()
-                .add(usize::try_from(received).unwrap_or(usize::MAX));
-            record.sent += sent;
-            record.outcome = Outcome::Complete;
-        }
+    let mut passing = Passing {
+        record,
+        sent: ByteCount::default(),
+        ended: false,
+    };
+    let counts = (passing.record.received.share(), passing.sent.share());
+    let spliced = splice(client, pod, reset, &counts).await;
+    passing.ended = true;
+    match spliced {
+        Ok(()) => passing.record.outcome = Outcome::Complete,
         Err(error) => {
-            record.reason = Some(error.to_string());
-            record.outcome = Outcome::Broken;
+            passing.record.reason = Some(error.to_string());
+            passing.record.outcome = Outcome::Broken;
         }
     }
 }
 
-async fn splice(client: OnUpgrade, pod: OnUpgrade, reset: Option<Reset>) -> Result<(u64, u64), BoxError> {
+/// The record of bytes that pass, which tells how many there were however that ends.
+struct Passing {
+    record: OpenRecord,
+    sent: ByteCount,
+    ended: bool,
+}
+
+impl Drop for Passing {
+    fn drop(&mut self) {
+        self.record.sent += self.sent.get();
+        if !self.ended {
+            // Nothing else cuts it off.
+            self.record.reason = Some("kube-tunnel is shutting down".into());
+            self.record.outcome = Outcome::Broken;
+        }
+    }
+}
+
+/// Counts what has come from the client, and from the pod.
+type Counts = (ByteCount, ByteCount);
+
+async fn splice(
+    client: OnUpgrade,
+    pod: OnUpgrade,
+    reset: Option<Reset>,
+    counts: &Counts,
+) -> Result<(), BoxError> {
     let (client, pod) = tokio::try_join!(client, pod)?;
     let (client, pod) = (&mut TokioIo::new(client), &mut TokioIo::new(pod));
-    let carried = carry(client, pod).await;
+    let carried = carry(client, pod, counts).await;
     if carried.is_err()
         && let Some(reset) = reset
     {
@@ -179,31 +207,33 @@ async fn splice(client: OnUpgrade, pod: OnUpgrade, reset: Option<Reset>) -> Resu
     Ok(carried?)
 }
 
-/// Copies both ways until both sides have ended, or one has broken. Returns how much has come from the client, and from the pod.
-async fn carry<C, P>(client: C, pod: P) -> io::Result<(u64, u64)>
+/// Copies both ways until both sides have ended, or one has broken.
+async fn carry<C, P>(client: C, pod: P, (received, sent): &Counts) -> io::Result<()>
 where
     C: AsyncRead + AsyncWrite,
     P: AsyncRead + AsyncWrite,
 {
-    let (mut from_client, mut to_client) = tokio::io::split(client);
-    let (mut from_pod, mut to_pod) = tokio::io::split(pod);
+    let (from_client, mut to_client) = tokio::io::split(client);
+    let (from_pod, mut to_pod) = tokio::io::split(pod);
+    let mut from_client = InspectReader::new(from_client, |bytes| received.add(bytes.len()));
+    let mut from_pod = InspectReader::new(from_pod, |bytes| sent.add(bytes.len()));
     let up = async {
         let copied = match copy(&mut from_client, &mut to_pod).await {
-            Ok(bytes) => to_pod.shutdown().await.map(|()| bytes),
+            Ok(_) => to_pod.shutdown().await,
             Err(error) => Err(error),
         };
         match copied {
             // The pod takes nothing more: what it has said is passed on all the same.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(0),
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             copied => copied,
         }
     };
     let down = async {
-        let bytes = copy(&mut from_pod, &mut to_client).await?;
-        to_client.shutdown().await?;
-        Ok(bytes)
+        copy(&mut from_pod, &mut to_client).await?;
+        to_client.shutdown().await
     };
-    tokio::try_join!(up, down)
+    tokio::try_join!(up, down)?;
+    Ok(())
 }
 
 /// Whether a request is an extended CONNECT, which names its target as other requests do.
@@ -235,6 +265,10 @@ mod tests {
         }
     }
 
+    fn counts() -> Counts {
+        [(); 2].map(|()| ByteCount::default().share()).into()
+    }
+
     #[tokio::test]
     async fn what_a_pod_said_before_it_ended_arrives_though_it_takes_no_more() {
         for goodbye in [&b"goodbye"[..], b""] {
@@ -252,8 +286,10 @@ mod tests {
                 client.read_to_string(&mut heard).await.unwrap();
                 heard
             };
-            let (carried, heard) = tokio::join!(carry(ours, join(said, Ended)), late);
-            assert_eq!(carried.unwrap(), (0, 10));
+            let counts = counts();
+            let (carried, heard) = tokio::join!(carry(ours, join(said, Ended), &counts), late);
+            carried.unwrap();
+            assert_eq!((counts.0.get(), counts.1.get()), (goodbye.len() as u64, 10));
             assert_eq!(heard, "last words");
         }
     }
@@ -264,11 +300,10 @@ mod tests {
             io::Error::from(io::ErrorKind::ConnectionReset),
         )]));
         let (waits, _open) = duplex(64);
-        let error = carry(join(broken, sink()), waits).await.unwrap_err();
+        let error = carry(join(broken, sink()), waits, &counts()).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
-        assert_eq!(
-            carry(join(empty(), sink()), join(empty(), sink())).await.unwrap(),
-            (0, 0)
-        );
+        carry(join(empty(), sink()), join(empty(), sink()), &counts())
+            .await
+            .unwrap();
     }
 }

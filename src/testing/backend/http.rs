@@ -20,9 +20,9 @@ use tokio_util::task::TaskTracker;
 use tonic::body::Body;
 
 use super::grpc::Grpc;
-use super::listener::Listener;
+use super::listener::{Connection, Listener};
 use super::{pages, websocket};
-use crate::testing::cluster::lock;
+use crate::testing::cluster::{lock, remember};
 
 /// What a port speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +49,7 @@ pub struct HttpBackend {
 pub(super) struct Shared {
     /// The name it answers with.
     pub(super) pod: String,
-    /// Method and target of each request.
+    /// Method and target of each request, the latest of them.
     seen: Mutex<Vec<String>>,
     /// Requests whose answer has not ended.
     in_flight: AtomicUsize,
@@ -65,8 +65,8 @@ impl HttpBackend {
         });
         let grpc = Grpc::new(pod).map_err(io::Error::other)?;
         let state = shared.clone();
-        let listener = Listener::start(move |stream, tasks| {
-            serve(stream, tasks, protocols, state.clone(), grpc.clone())
+        let listener = Listener::start(move |stream, connection| {
+            serve(stream, connection, protocols, state.clone(), grpc.clone())
         })?;
         Ok(Self { listener, shared })
     }
@@ -83,7 +83,7 @@ impl HttpBackend {
         self.listener.accepted()
     }
 
-    /// Connections that are open now.
+    /// Connections that are open now, as WebSockets too.
     #[must_use]
     pub fn open_connections(&self) -> usize {
         self.listener.open()
@@ -107,11 +107,17 @@ impl HttpBackend {
     }
 }
 
-async fn serve(stream: TcpStream, tasks: TaskTracker, protocols: Protocols, shared: Arc<Shared>, grpc: Grpc) {
-    let spawner = tasks.clone();
+async fn serve(
+    stream: TcpStream,
+    connection: Connection,
+    protocols: Protocols,
+    shared: Arc<Shared>,
+    grpc: Grpc,
+) {
+    let tasks = connection.tasks().clone();
     let service = service_fn(move |request| {
-        let (shared, grpc, tasks) = (shared.clone(), grpc.clone(), spawner.clone());
-        async move { Ok::<_, Infallible>(answer(shared, grpc, &tasks, request).await) }
+        let (shared, grpc, connection) = (shared.clone(), grpc.clone(), connection.clone());
+        async move { Ok::<_, Infallible>(answer(shared, grpc, &connection, request).await) }
     });
     let io = TokioIo::new(stream);
     // WebSockets over HTTP/2 (RFC 8441), and windows that do not hold bulk transfers back.
@@ -148,10 +154,11 @@ async fn serve(stream: TcpStream, tasks: TaskTracker, protocols: Protocols, shar
 async fn answer(
     shared: Arc<Shared>,
     grpc: Grpc,
-    tasks: &TaskTracker,
+    connection: &Connection,
     request: Request<Incoming>,
 ) -> Response<Body> {
-    lock(&shared.seen).push(format!("{} {}", request.method(), request.uri()));
+    let asked = format!("{} {}", request.method(), request.uri());
+    remember(&mut lock(&shared.seen), asked);
     let guard = InFlight::new(shared.clone());
     let is_grpc = request
         .headers()
@@ -160,7 +167,7 @@ async fn answer(
     let response = if is_grpc {
         grpc.answer(request).await
     } else if request.uri().path() == "/ws" {
-        websocket::answer(tasks, request)
+        websocket::answer(connection, request)
     } else {
         pages::answer(&shared.pod, request).await
     };

@@ -34,9 +34,22 @@ struct Shared {
     tasks: TaskTracker,
 }
 
+/// What an accepted connection is held by. It counts as open while any clone of this lives.
+#[derive(Clone, Debug)]
+pub(super) struct Connection {
+    /// Ends it.
+    ended: CancellationToken,
+    /// Counts it.
+    open: Arc<Open>,
+}
+
+/// Counts a connection while it lives.
+#[derive(Debug)]
+struct Open(Arc<Shared>);
+
 impl Listener {
-    /// Binds a free port and hands each connection to `serve`, which also gets the tracker for tasks of its own.
-    pub(super) fn start<F>(serve: impl Fn(TcpStream, TaskTracker) -> F + Send + 'static) -> io::Result<Self>
+    /// Binds a free port and hands each connection to `serve`.
+    pub(super) fn start<F>(serve: impl Fn(TcpStream, Connection) -> F + Send + 'static) -> io::Result<Self>
     where
         F: Future<Output = ()> + Send + 'static,
     {
@@ -76,13 +89,46 @@ impl Listener {
     }
 }
 
+impl Connection {
+    fn new(shared: &Arc<Shared>) -> Self {
+        shared.open.fetch_add(1, Ordering::Relaxed);
+        Self {
+            ended: lock(&shared.live).child_token(),
+            open: Arc::new(Open(shared.clone())),
+        }
+    }
+
+    /// Runs a task that keeps the connection open, and ends when it is cut.
+    pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let Self { ended, open } = self.clone();
+        self.tasks().spawn(async move {
+            tokio::select! {
+                () = task => {}
+                () = ended.cancelled() => {}
+            }
+            drop(open);
+        });
+    }
+
+    /// Every task of the listener.
+    pub(super) fn tasks(&self) -> &TaskTracker {
+        &self.open.0.tasks
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl Drop for Listener {
     fn drop(&mut self) {
         self.shared.stop.cancel();
     }
 }
 
-async fn accept<F>(socket: TcpListener, shared: Arc<Shared>, serve: impl Fn(TcpStream, TaskTracker) -> F)
+async fn accept<F>(socket: TcpListener, shared: Arc<Shared>, serve: impl Fn(TcpStream, Connection) -> F)
 where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -99,16 +145,7 @@ where
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "cannot set TCP_NODELAY");
         }
-        let ended = lock(&shared.live).child_token();
-        let connection = serve(stream, shared.tasks.clone());
-        shared.open.fetch_add(1, Ordering::Relaxed);
-        let counted = shared.clone();
-        shared.tasks.spawn(async move {
-            tokio::select! {
-                () = connection => {}
-                () = ended.cancelled() => {}
-            }
-            counted.open.fetch_sub(1, Ordering::Relaxed);
-        });
+        let connection = Connection::new(&shared);
+        connection.spawn(serve(stream, connection.clone()));
     }
 }

@@ -14,6 +14,9 @@ use hyper::body::Incoming;
 use serde_json::{Value, json};
 use tonic::body::Body;
 
+/// Bytes of a body that are described back. Of a longer one only the number is: somebody may send the demo a file.
+const KEPT: usize = 64 * 1024;
+
 /// One chunk of a download.
 static BLOCK: [u8; 64 * 1024] = pattern();
 
@@ -78,11 +81,8 @@ async fn describe(pod: &str, request: Request<Incoming>) -> Response<Body> {
             .to_owned(),
         _ => parts.uri.to_string(),
     };
-    let (body, trailers) = match body.collect().await {
-        Ok(collected) => {
-            let trailers = collected.trailers().cloned().unwrap_or_default();
-            (collected.to_bytes(), trailers)
-        }
+    let seen = match read(body).await {
+        Ok(seen) => seen,
         Err(error) => {
             return text(
                 StatusCode::BAD_REQUEST,
@@ -97,10 +97,36 @@ async fn describe(pod: &str, request: Request<Incoming>) -> Response<Body> {
         "target": target,
         "host": host,
         "headers": pairs(&parts.headers),
-        "body_bytes": body.len(),
-        "body": String::from_utf8_lossy(&body),
-        "trailers": pairs(&trailers),
+        "body_bytes": seen.bytes,
+        "body": (seen.bytes == seen.kept.len() as u64).then(|| String::from_utf8_lossy(&seen.kept)),
+        "trailers": pairs(&seen.trailers),
     }))
+}
+
+/// A body that has been read.
+#[derive(Debug, Default)]
+struct Seen {
+    /// Its first bytes.
+    kept: Vec<u8>,
+    /// The number of all.
+    bytes: u64,
+    /// What came behind it.
+    trailers: HeaderMap,
+}
+
+async fn read(mut body: Incoming) -> Result<Seen, hyper::Error> {
+    let mut seen = Seen::default();
+    while let Some(frame) = body.frame().await {
+        match frame?.into_data() {
+            Ok(data) => {
+                seen.bytes += data.len() as u64;
+                let room = KEPT - seen.kept.len();
+                seen.kept.extend_from_slice(&data[..data.len().min(room)]);
+            }
+            Err(frame) => seen.trailers.extend(frame.into_trailers().unwrap_or_default()),
+        }
+    }
+    Ok(seen)
 }
 
 async fn upload(mut body: Incoming) -> Response<Body> {

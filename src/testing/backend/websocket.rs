@@ -8,11 +8,12 @@ use hyper_util::rt::TokioIo;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_tungstenite::tungstenite::protocol::Role;
-use tokio_util::task::TaskTracker;
 use tonic::body::Body;
 
-/// Accepts the handshake and echoes in a task of its own.
-pub(super) fn answer(tasks: &TaskTracker, mut request: Request<Incoming>) -> Response<Body> {
+use super::listener::Connection;
+
+/// Accepts the handshake and echoes in a task of its own, which is the connection's from then on.
+pub(super) fn answer(connection: &Connection, mut request: Request<Incoming>) -> Response<Body> {
     let mut response = Response::new(Body::empty());
     let extended_connect = request.method() == Method::CONNECT;
     if !extended_connect {
@@ -38,7 +39,7 @@ pub(super) fn answer(tasks: &TaskTracker, mut request: Request<Incoming>) -> Res
         response.headers_mut().insert("sec-websocket-protocol", chosen);
     }
     let upgraded = hyper::upgrade::on(&mut request);
-    tasks.spawn(async move {
+    connection.spawn(async move {
         match upgraded.await {
             Ok(io) => {
                 echo(WebSocketStream::from_raw_socket(TokioIo::new(io), Role::Server, None).await).await

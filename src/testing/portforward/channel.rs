@@ -18,6 +18,9 @@ use tokio_tungstenite::tungstenite::{self, Message};
 
 use super::pod::{Client, Gone, Pod};
 
+/// Ports that there are channels for: two each, numbered by a byte.
+pub(super) const MAX_PORTS: usize = 128;
+
 /// How long the client may take to answer our Close.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 

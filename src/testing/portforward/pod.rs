@@ -11,10 +11,11 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
 use super::closing::End;
 use crate::testing::ContainerRuntime;
-use crate::testing::cluster::Cluster;
+use crate::testing::cluster::{Cluster, pause};
 use crate::testing::faults::{ForwardFault, STALLED_SOCKET};
 
 /// Bytes copied at once, either way: Go's copy buffer, which is what real clients see.
@@ -31,6 +32,8 @@ pub(super) struct Pod {
     name: String,
     /// Sandbox id, which runtimes put into their messages.
     sandbox: String,
+    /// Cancelled when the sandbox ends. A later pod of the same name has another.
+    ended: CancellationToken,
 }
 
 /// The client's end of one forwarded connection, as a carrier offers it.
@@ -57,14 +60,15 @@ pub(super) struct Outcome {
 }
 
 impl Pod {
-    /// Names a pod.
-    pub(super) fn new(cluster: Arc<Cluster>, namespace: &str, name: &str) -> Self {
+    /// Names a pod, whose sandbox lives until `ended`.
+    pub(super) fn new(cluster: Arc<Cluster>, namespace: &str, name: &str, ended: CancellationToken) -> Self {
         let sandbox = format!("{:032x}{:032x}", fastrand::u128(..), fastrand::u128(..));
         Self {
             cluster,
             namespace: namespace.to_owned(),
             name: name.to_owned(),
             sandbox,
+            ended,
         }
     }
 
@@ -98,6 +102,9 @@ impl Pod {
         client: &impl Client,
         reading: &AtomicBool,
     ) -> Result<(), Failure> {
+        if self.ended.is_cancelled() {
+            return Err(self.sandbox_gone());
+        }
         match self.fault(port) {
             Some(ForwardFault::Refused) => return Err(self.refused(port, "connection refused")),
             Some(ForwardFault::Runtime(cause)) => return Err(Failure { reset: false, cause }),
@@ -124,19 +131,32 @@ impl Pod {
         let up = self.upload(port, client, write, reading);
         let down = self.download(port, read, client);
         tokio::pin!(up, down);
-        let ended = if self.cluster.runtime().waits_for_both_directions() {
-            let (up, down) = tokio::join!(up, down);
-            up.and(down)
-        } else {
-            // Wait for one direction, give the other a moment, then close everything; never a half-close towards the pod.
-            let grace = self.close_grace();
-            let (first, second) = tokio::select! {
-                first = &mut up => (first, timeout(grace, &mut down).await),
-                first = &mut down => (first, timeout(grace, &mut up).await),
-            };
-            first.and(second.unwrap_or(Ok(())))
+        let moved = async {
+            if self.cluster.runtime().waits_for_both_directions() {
+                let (up, down) = tokio::join!(&mut up, &mut down);
+                up.and(down)
+            } else {
+                // Wait for one direction, give the other a moment, then close everything; never a half-close towards the
+                // pod.
+                let grace = self.close_grace();
+                let (first, second) = tokio::select! {
+                    first = &mut up => (first, timeout(grace, &mut down).await),
+                    first = &mut down => (first, timeout(grace, &mut up).await),
+                };
+                first.and(second.unwrap_or(Ok(())))
+            }
+        };
+        let ended = tokio::select! {
+            ended = moved => ended,
+            () = self.sandbox_ends() => Ok(()),
         };
         ended.map_err(|error| self.broken(port, &error))
+    }
+
+    /// Waits until the sandbox and everything in it has ended, and the runtime has given the other direction its moment.
+    async fn sandbox_ends(&self) {
+        self.ended.cancelled().await;
+        pause(self.close_grace()).await;
     }
 
     /// Counts a PING that came beside what is forwarded.
@@ -255,6 +275,17 @@ impl Pod {
                 "failed to connect to localhost:{port} inside namespace \"{sandbox}\", IPv4: dial tcp4 \
                  127.0.0.1:{port}: connect: {cause} IPv6 dial tcp6 [::1]:{port}: connect: {cause} "
             )),
+        };
+        Failure { reset: false, cause }
+    }
+
+    /// The text of a sandbox that has ended (`containerd:internal/cri/server/sandbox_portforward_linux.go`,
+    /// `cri-o:server/container_portforward.go`).
+    fn sandbox_gone(&self) -> Failure {
+        let sandbox = &self.sandbox;
+        let cause = match self.cluster.runtime() {
+            ContainerRuntime::CriO => format!("sandbox {sandbox} is not running"),
+            _ => format!("network namespace for sandbox \"{sandbox}\" is closed"),
         };
         Failure { reset: false, cause }
     }

@@ -210,6 +210,53 @@ async fn a_watch_ends_at_its_timeout() {
 }
 
 #[tokio::test]
+async fn a_watch_with_a_timeout_of_zero_goes_on() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let api = services(admin(&cluster).await);
+    let forever = WatchParams::default().timeout(0);
+    let mut events = api.watch(&forever, "0").await.unwrap().boxed();
+    cluster.apply(service("a", &json!({}))).unwrap();
+    assert_eq!(next(&mut events).await, "ADDED a");
+}
+
+#[tokio::test]
+async fn a_timeout_that_is_none_is_refused() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let client = admin(&cluster).await;
+    for timeout in ["10000000000000000000", "-1", "soon"] {
+        let path = format!("/api/v1/services?watch=1&timeoutSeconds={timeout}");
+        let request = http::Request::get(path).body(Vec::new()).unwrap();
+        assert_eq!(
+            api_error(client.request_text(request).await).code,
+            400,
+            "{timeout}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn the_rows_of_a_table_hold_as_much_of_their_objects_as_was_asked_for() {
+    let cluster = FakeCluster::start().await.unwrap();
+    cluster.apply(service("web", &json!({}))).unwrap();
+    let client = admin(&cluster).await;
+    for (query, kind) in [
+        ("", Some("PartialObjectMetadata")),
+        ("?includeObject=Metadata", Some("PartialObjectMetadata")),
+        ("?includeObject=Object", Some("Service")),
+        ("?includeObject=None", None),
+    ] {
+        let request = http::Request::get(format!("/api/v1/services{query}"))
+            .header("accept", "application/json;as=Table;v=v1;g=meta.k8s.io")
+            .body(Vec::new())
+            .unwrap();
+        let table: Value = client.request(request).await.unwrap();
+        let row = &table["rows"][0];
+        assert_eq!(row["cells"][0], "web");
+        assert_eq!(row["object"]["kind"].as_str(), kind, "{query}");
+    }
+}
+
+#[tokio::test]
 async fn the_watcher_of_kube_rs_survives_compaction_and_restart() {
     let cluster = FakeCluster::start().await.unwrap();
     cluster.apply(service("a", &json!({}))).unwrap();
@@ -328,6 +375,35 @@ async fn pods_and_slices_stay_in_step() {
     assert!(cluster.get("Pod", "shop", &first).is_none());
     assert!(cluster.delete_pod("shop", &second));
     assert_eq!(endpoints().await, [(third, true)]);
+}
+
+#[tokio::test]
+async fn endpoints_say_of_a_pod_what_the_controller_would() {
+    for (publishes, unready, ending) in [
+        (false, [false, false, false], [false, true, true]),
+        (true, [true, false, false], [true, true, true]),
+    ] {
+        let cluster = FakeCluster::start().await.unwrap();
+        let workload = cluster
+            .workload("shop", "web")
+            .port("", 80, 8080)
+            .spec("publishNotReadyAddresses", publishes)
+            .create()
+            .unwrap();
+        let slices: Api<EndpointSlice> = Api::namespaced(admin(&cluster).await, "shop");
+        let conditions = async || {
+            let slice = slices.list(&ListParams::default()).await.unwrap().items.remove(0);
+            let conditions = slice.endpoints.unwrap().remove(0).conditions.unwrap();
+            [conditions.ready, conditions.serving, conditions.terminating].map(Option::unwrap)
+        };
+        let pod = &workload.pods[0].name;
+        assert_eq!(conditions().await, [true, true, false]);
+        assert!(cluster.set_ready("shop", pod, false));
+        assert_eq!(conditions().await, unready);
+        assert!(cluster.set_ready("shop", pod, true));
+        assert!(cluster.terminate_pod("shop", pod));
+        assert_eq!(conditions().await, ending);
+    }
 }
 
 #[tokio::test]

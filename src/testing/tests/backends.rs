@@ -10,7 +10,8 @@ use hyper::rt::Executor;
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::net::TcpStream;
-use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::{self, Message};
 use tokio_util::task::TaskTracker;
 use tonic::Code;
 use tonic_prost::ProstCodec;
@@ -77,6 +78,18 @@ async fn a_request_is_described_as_it_arrived() {
 }
 
 #[tokio::test]
+async fn a_large_body_is_counted_and_not_described() {
+    let backend = HttpBackend::start("web-1", Protocols::Any).unwrap();
+    for (size, described) in [(65_536, true), (65_537, false), (1 << 20, false)] {
+        let mut asked = request("/");
+        *asked.body_mut() = Full::from(vec![b'x'; size]);
+        let seen = json(get(&backend, asked).await).await;
+        assert_eq!(seen["body_bytes"], size);
+        assert_eq!(seen["body"].is_string(), described, "{size}");
+    }
+}
+
+#[tokio::test]
 async fn downloads_have_the_size_asked_for() {
     let backend = HttpBackend::start("web-1", Protocols::Http1).unwrap();
     for (path, announced) in [("/bytes/200000", true), ("/bytes/200000?chunked=1", false)] {
@@ -121,9 +134,8 @@ async fn trailers_events_cookies_and_statuses_are_served() {
     assert_eq!(get(&backend, request("/status/418")).await.status(), 418);
 }
 
-#[tokio::test]
-async fn web_sockets_echo() {
-    let backend = HttpBackend::start("web-1", Protocols::Any).unwrap();
+/// A WebSocket that has echoed something.
+async fn web_socket(backend: &HttpBackend) -> WebSocketStream<TcpStream> {
     let stream = TcpStream::connect(backend.address()).await.unwrap();
     let (mut socket, _) = tokio_tungstenite::client_async("ws://web.shop/ws", stream)
         .await
@@ -133,6 +145,33 @@ async fn web_sockets_echo() {
         within(socket.next()).await.unwrap().unwrap(),
         Message::text("hello")
     );
+    socket
+}
+
+#[tokio::test]
+async fn web_sockets_echo() {
+    let backend = HttpBackend::start("web-1", Protocols::Any).unwrap();
+    web_socket(&backend).await;
+}
+
+#[tokio::test]
+async fn a_web_socket_counts_as_open_and_is_cut_like_any_connection() {
+    let backend = HttpBackend::start("web-1", Protocols::Any).unwrap();
+    let is_over = |last: Option<tungstenite::Result<Message>>| !matches!(last, Some(Ok(_)));
+    let mut first = web_socket(&backend).await;
+    assert_eq!(backend.open_connections(), 1);
+    backend.close_connections();
+    assert!(is_over(within(first.next()).await));
+    let until_counted = async {
+        while backend.open_connections() > 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    within(until_counted).await;
+
+    let mut second = web_socket(&backend).await;
+    drop(backend);
+    assert!(is_over(within(second.next()).await));
 }
 
 /// A gRPC client on one h2c connection.

@@ -6,6 +6,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
+use super::DEADLINE;
 use super::client::{Seen, Session, data, fin, reset};
 use super::scene::{ECHO, GRACE, NOBODY, Scene};
 use crate::testing::ContainerRuntime::{self, Containerd16, Containerd17, Containerd21, CriO, Kwok, Old};
@@ -241,6 +242,8 @@ async fn of_the_data_after_both_fins_the_copier_takes_the_first_and_the_second_h
 #[tokio::test]
 async fn data_before_the_fins_of_a_closed_application_holds_nothing() {
     let scene = Scene::new().await;
+    // The FINs do not come before the pongs, however busy the machine is.
+    scene.cluster.faults().set_close_grace(DEADLINE);
     scene.application(80, say_goodbye).await;
     let mut session = scene.spdy().await;
     session.pair(11, 80, b"").await;
@@ -274,4 +277,48 @@ async fn a_sandbox_that_is_gone_is_told_by_its_text() {
         panic!("no text")
     };
     assert!(text.ends_with(gone.as_bytes()));
+}
+
+#[tokio::test]
+async fn a_deleted_pod_ends_its_connections_late_and_is_told_to_newcomers_of_its_session() {
+    for (runtime, words) in [
+        (Containerd16, "network namespace for sandbox \""),
+        (CriO, " is not running"),
+    ] {
+        let scene = Scene::new().await;
+        scene.cluster.set_runtime(runtime);
+        let mut session = scene.spdy().await;
+        session.pair(11, ECHO, b"hello").await;
+        assert_eq!(session.next().await, Some(Seen::Data(11, "hello".into())));
+        let deleted = Instant::now();
+        assert!(scene.cluster.delete_pod("shop", scene.pod()));
+        let mut seen = ends(&mut session).await;
+        assert!(deleted.elapsed() >= GRACE, "{:?}", deleted.elapsed());
+        seen.sort_unstable();
+        assert_eq!(seen, ["data FIN", "error FIN"], "{runtime:?}");
+
+        session.pair(31, ECHO, b"").await;
+        let seen = session
+            .until(|seen| matches!(seen.last(), Some(Seen::Data(21, _))))
+            .await;
+        let Some(Seen::Data(_, text)) = seen.last() else {
+            unreachable!()
+        };
+        let text = String::from_utf8_lossy(text);
+        assert!(text.contains(words), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn a_session_does_not_lead_to_the_pod_that_has_taken_the_name_of_its_own() {
+    let scene = Scene::new().await;
+    let mut old = scene.spdy().await;
+    let mut pod = scene.cluster.get("Pod", "shop", scene.pod()).unwrap();
+    pod["metadata"]["uid"] = "another".into();
+    scene.cluster.apply(pod).unwrap();
+    old.pair(11, ECHO, b"").await;
+    assert_eq!(old.next().await, Some(Seen::Fin(11)));
+    let mut new = scene.spdy().await;
+    new.pair(11, ECHO, b"hello").await;
+    assert_eq!(new.next().await, Some(Seen::Data(11, "hello".into())));
 }

@@ -7,6 +7,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, Portforwarder};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+use super::scene::{self, CHANNEL};
 use super::{admin, user, within};
 use crate::testing::backend::Serve;
 use crate::testing::{Carrier, FakeCluster, ForwardFault, Rule, Workload};
@@ -168,6 +169,47 @@ async fn an_upgrade_by_websocket_needs_the_verb_get() {
     assert!(error.to_string().contains("403"), "{error}");
     let calls = scene.cluster.calls();
     assert_eq!(calls.last().unwrap().subresource.as_deref(), Some("portforward"));
+}
+
+#[tokio::test]
+async fn bytes_sent_before_the_101_are_lost() {
+    let scene = scene::Scene::new().await;
+    let (mut stream, head) = scene.raw("GET", &CHANNEL).await;
+    let message = |text: &[u8; 4]| [&[0x82, 0x85, 0, 0, 0, 0, 0][..], text].concat();
+    stream
+        .write_all(&[head.as_bytes(), &message(b"soon")].concat())
+        .await
+        .unwrap();
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"\r\n\r\n") {
+        answer.push(within(stream.read_u8()).await.unwrap());
+    }
+    stream.write_all(&message(b"late")).await.unwrap();
+    // The port on both channels, then what was echoed.
+    let expected = b"\x82\x03\x00\x38\x15\x82\x03\x01\x38\x15\x82\x05\x00late";
+    let mut received = vec![0; expected.len()];
+    within(stream.read_exact(&mut received)).await.unwrap();
+    assert_eq!(received, expected);
+}
+
+#[tokio::test]
+async fn more_ports_than_there_are_channels_for_are_refused() {
+    let scene = scene::Scene::new().await;
+    let pod = format!("/api/v1/namespaces/shop/pods/{}", scene.pod());
+    for (ports, refused) in [(128, None), (129, Some(400))] {
+        let ports = vec!["81"; ports].join(",");
+        let path = format!("{pod}/portforward?ports={ports}");
+        let answer = scene.upgrade_at(&path, &scene.client, "GET", &CHANNEL).await;
+        assert_eq!(answer.err().map(|answer| answer.status().as_u16()), refused);
+    }
+}
+
+#[tokio::test]
+async fn nothing_but_pods_can_be_forwarded_to() {
+    let scene = scene::Scene::new().await;
+    let path = "/api/v1/namespaces/shop/services/db/portforward?ports=80";
+    let answer = scene.upgrade_at(path, &scene.client, "GET", &CHANNEL).await;
+    assert_eq!(answer.err().map(|answer| answer.status().as_u16()), Some(404));
 }
 
 #[tokio::test]

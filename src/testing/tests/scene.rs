@@ -90,6 +90,17 @@ impl Scene {
         headers: &[(&str, &str)],
     ) -> Result<(HeaderMap, Upgraded), Response<Body>> {
         let path = format!("/api/v1/namespaces/shop/pods/{}/portforward", self.pod());
+        self.upgrade_at(&path, client, method, headers).await
+    }
+
+    /// Asks for an upgrade at another path.
+    pub(super) async fn upgrade_at(
+        &self,
+        path: &str,
+        client: &Client,
+        method: &str,
+        headers: &[(&str, &str)],
+    ) -> Result<(HeaderMap, Upgraded), Response<Body>> {
         let mut request = Request::builder().method(method).uri(path);
         for (name, value) in [("connection", "Upgrade")].iter().chain(headers) {
             request = request.header(*name, *value);
@@ -103,8 +114,8 @@ impl Scene {
         Ok((headers, within(hyper::upgrade::on(response)).await.unwrap()))
     }
 
-    /// A connection to the API server without HTTP, and the head of a SPDY upgrade for it.
-    pub(super) async fn raw(&self) -> (TlsStream<TcpStream>, String) {
+    /// A connection to the API server without HTTP, and the head of an upgrade for it.
+    pub(super) async fn raw(&self, method: &str, headers: &[(&str, &str)]) -> (TlsStream<TcpStream>, String) {
         let mut roots = RootCertStore::empty();
         let authority = self.cluster.pki.authority_pem();
         roots
@@ -119,12 +130,16 @@ impl Scene {
             .connect(address.ip().into(), tcp)
             .await
             .unwrap();
-        let head = format!(
-            "POST /api/v1/namespaces/shop/pods/{}/portforward HTTP/1.1\r\nHost: api\r\nAuthorization: Bearer {}\r\n\
-             Connection: Upgrade\r\nUpgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: portforward.k8s.io\r\n\r\n",
+        let mut head = format!(
+            "{method} /api/v1/namespaces/shop/pods/{}/portforward?ports={ECHO} HTTP/1.1\r\nHost: api\r\n\
+             Authorization: Bearer {}\r\nConnection: Upgrade\r\n",
             self.pod(),
             self.cluster.admin_token
         );
+        for (name, value) in headers {
+            head.push_str(&format!("{name}: {value}\r\n"));
+        }
+        head.push_str("\r\n");
         (stream, head)
     }
 
@@ -152,4 +167,12 @@ pub(super) const TUNNEL: [(&str, &str); 4] = [
     ("sec-websocket-version", "13"),
     ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
     ("sec-websocket-protocol", "SPDY/3.1+portforward.k8s.io"),
+];
+
+/// What asks for channels.
+pub(super) const CHANNEL: [(&str, &str); 4] = [
+    ("upgrade", "websocket"),
+    ("sec-websocket-version", "13"),
+    ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
+    ("sec-websocket-protocol", "v4.channel.k8s.io"),
 ];

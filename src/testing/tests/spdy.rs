@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
 use super::client::{self, Seen, Session, data, fin, go_away, ping, window_update};
-use super::scene::{ECHO, NOBODY, Scene};
+use super::scene::{ECHO, NOBODY, SPDY, Scene};
 use crate::testing::ForwardFault;
 
 /// Long enough for an answer that is not to come.
@@ -230,7 +230,7 @@ async fn data_for_unknown_streams_is_dropped() {
 #[tokio::test]
 async fn bytes_sent_before_the_101_are_lost() {
     let scene = Scene::new().await;
-    let (mut stream, head) = scene.raw().await;
+    let (mut stream, head) = scene.raw("POST", &SPDY).await;
     let early = [head.as_bytes(), &ping(1)].concat();
     stream.write_all(&early).await.unwrap();
     let mut answer = BytesMut::new();

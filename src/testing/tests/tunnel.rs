@@ -139,6 +139,24 @@ async fn other_spdy_subprotocols_are_refused() {
 }
 
 #[tokio::test]
+async fn bytes_sent_before_the_101_end_the_tunnel() {
+    let scene = Scene::new().await;
+    let (mut stream, head) = scene.raw("GET", &TUNNEL).await;
+    stream
+        .write_all(&[head.as_bytes(), b"early"].concat())
+        .await
+        .unwrap();
+    let mut answer = Vec::new();
+    // The end comes without a goodbye of TLS.
+    let _ = within(stream.read_to_end(&mut answer)).await;
+    let answer = String::from_utf8_lossy(&answer);
+    assert!(answer.starts_with("HTTP/1.1 101 "), "{answer}");
+    assert!(answer.ends_with("\r\n\r\n"), "{answer}");
+    let forwards = scene.cluster.forwards();
+    within(forwards.until(|counts| counts.sessions_open == 0)).await;
+}
+
+#[tokio::test]
 async fn the_client_s_messages_may_be_cut_anywhere() {
     let scene = Scene::new().await;
     let mut tunnel = tunnel(&scene).await;

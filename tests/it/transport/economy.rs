@@ -8,7 +8,7 @@ use kube_tunnel::config::setting;
 use kube_tunnel::testing::backend::{Protocols, Serve};
 use kube_tunnel::testing::{Carrier, FakeCluster, ForwardFault, WorkloadPod};
 
-use crate::app::{PATIENCE, TestApp, eventually};
+use crate::app::{PATIENCE, TestApp, eventually, settled};
 use crate::client::{Client, fetch, get};
 use crate::transport::{FEW, WEB, backend, pod, warm_up};
 
@@ -57,15 +57,15 @@ async fn a_request_over_an_idle_connection_asks_the_api_server_for_nothing() {
     let _workload = pod(&cluster);
     let app = TestApp::start(&cluster).await;
     fetch(app.address, WEB, "/").await;
-    // The session that is kept ready.
-    let forwards = cluster.forwards();
-    let before = forwards.until(|counts| counts.sessions_open == 2).await;
+    settled(&cluster).await;
+    let before = cluster.forwards().counts();
     cluster.clear_calls();
     for _ in 0..20 {
         assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
     }
     assert_eq!(cluster.calls(), []);
-    assert_eq!(forwards.counts().connections_opened, before.connections_opened);
+    let after = cluster.forwards().counts();
+    assert_eq!(after.connections_opened, before.connections_opened);
 }
 
 #[tokio::test]

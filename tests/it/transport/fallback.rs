@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use http::StatusCode;
 use kube_tunnel::config::setting;
-use kube_tunnel::testing::{Carrier, FakeCluster, Identity, Rule};
+use kube_tunnel::testing::{Carrier, FakeCluster, ForwardFault, Identity, Rule};
 use tokio::time::Instant;
 
-use crate::app::{TestApp, web};
+use crate::app::{TestApp, eventually, web};
 use crate::client::fetch;
 use crate::transport::WEB;
 
@@ -213,4 +213,36 @@ async fn channels_that_are_refused_later_give_way_to_what_is_allowed_then() {
     fetch(app.address, WEB, "/").await;
     assert_served(&app).await;
     assert_eq!(upgrades(&cluster), [true, false, true]);
+}
+
+#[tokio::test]
+async fn a_form_that_is_forbidden_does_not_make_a_moments_trouble_of_another_final() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = web(&cluster, 1);
+    let fault = |fault| {
+        let pod = &workload.pods[0].name;
+        cluster.faults().set_forward("shop", pod, fault);
+    };
+    fault(Some(ForwardFault::Upgrade(StatusCode::BAD_GATEWAY)));
+    let app = TestApp::start_as(&cluster, &user(&cluster, &["get"])).await;
+    let address = app.address;
+    let request = tokio::spawn(async move { fetch(address, WEB, "/").await });
+    eventually("both forms to be tried", || asked(&cluster, "get") > 0).await;
+    fault(None);
+    let reply = request.await.unwrap();
+    assert_eq!(reply.status, StatusCode::OK, "{}", reply.text());
+}
+
+#[tokio::test]
+async fn a_right_that_is_missing_is_told_at_once_though_something_on_the_way_refuses_the_better_form() {
+    let cluster = FakeCluster::start().await.unwrap();
+    let workload = web(&cluster, 1);
+    let refusal = ForwardFault::Kubelet(StatusCode::BAD_REQUEST, "Upgrade request required".into());
+    let pod = &workload.pods[0].name;
+    cluster.faults().set_forward("shop", pod, Some(refusal));
+    let app = TestApp::start_as(&cluster, &user(&cluster, &["create"])).await;
+    let reply = fetch(app.address, WEB, "/").await;
+    assert_eq!(reply.status, StatusCode::FORBIDDEN, "{}", reply.text());
+    let words = r#"cannot get resource "pods/portforward""#;
+    assert!(reply.text().contains(words), "{}", reply.text());
 }

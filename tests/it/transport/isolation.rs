@@ -8,18 +8,18 @@ use http::{Request, StatusCode};
 use http_body_util::{BodyExt, Full};
 use kube_tunnel::config::{Setting, setting};
 use kube_tunnel::drain::Drain;
-use kube_tunnel::k8s::{Carriers, Cluster, Config, PortForward, SlowReaders};
-use kube_tunnel::privileges::Account;
+use kube_tunnel::k8s::{Cluster, PortForward};
 use kube_tunnel::registry::PodRef;
 use kube_tunnel::testing::{Carrier, ContainerRuntime, FakeCluster, ForwardFault, STALLED_SOCKET, Workload};
 use kube_tunnel::transport::{BoxStream, Connect, Target};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinSet;
 
-use crate::app::{PATIENCE, TestApp, eventually};
+use crate::app::{PATIENCE, TestApp, client_config, eventually};
 use crate::client::{Client, fetch, get};
 use crate::transport::{
-    FEW, NOBODY, NOBODY_PORT, RUNTIMES, SIDE, SIDE_PORT, WEB, assert_others_go_on, pod, submit, warm_up,
+    FEW, FEW_LATE, FIRST_LATE, NOBODY, NOBODY_PORT, RUNTIMES, SIDE, SIDE_PORT, WEB, assert_others_go_on, pod,
+    submit, warm_up,
 };
 
 /// More than all buffers on the way to a pod and the queues of the peer's workers hold.
@@ -94,16 +94,7 @@ async fn readers_that_stall_do_not_touch_what_was_opened_at_the_same_moment() {
     let workload = pod(&cluster);
     let kubeconfig = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(kubeconfig.path(), cluster.kubeconfig()).unwrap();
-    let config = Config {
-        kubeconfig: Some(kubeconfig.path().to_owned()),
-        context: None,
-        timeout: PATIENCE,
-        poll_interval: PATIENCE,
-        idle_timeout: PATIENCE,
-        carriers: Carriers::default(),
-        slow_readers: SlowReaders::default(),
-        account: Account::default(),
-    };
+    let config = client_config(kubeconfig.path());
     let (kubernetes, drain) = (Cluster::load(&config).await.unwrap(), Drain::new());
     let forward = PortForward::new(&kubernetes, &config, &drain);
     let target = Target {
@@ -138,7 +129,12 @@ async fn readers_that_stall_do_not_touch_what_was_opened_at_the_same_moment() {
 
 #[tokio::test]
 async fn others_go_on_beside_a_client_that_does_not_read() {
-    let scene = scene("tunnel").await;
+    // It is not given up before the others have been answered.
+    let flags = [
+        (&setting::PORT_FORWARD, "tunnel"),
+        (&setting::SLOW_READER_TIMEOUT, "10m"),
+    ];
+    let scene = scene_with(&flags).await;
     let before = scene.bytes_from_pods();
     let unread = Client::http1(scene.app.address)
         .await
@@ -146,7 +142,7 @@ async fn others_go_on_beside_a_client_that_does_not_read() {
         .await;
     // It has begun to pile up.
     eventually("the download", || scene.bytes_from_pods() - before > 1 << 20).await;
-    assert_others_go_on(scene.app.address).await;
+    assert_others_go_on(scene.app.address, FEW_LATE).await;
     drop(unread);
 }
 
@@ -194,7 +190,7 @@ async fn others_go_on_beside_an_application_that_does_not_read() {
     forwards
         .until(|counts| counts.bytes_to_pods - before > STALLED_SOCKET as u64)
         .await;
-    assert_others_go_on(scene.app.address).await;
+    assert_others_go_on(scene.app.address, FIRST_LATE).await;
     // Once it reads again, it gets everything.
     assert!(!upload.is_finished());
     scene.cluster.faults().clear();
@@ -211,7 +207,7 @@ async fn others_go_on_beside_bulk_transfers() {
         .send(get(SIDE, "/bytes/1099511627776"))
         .await;
     let reading = tokio::spawn(async move { while let Some(Ok(_)) = download.frame().await {} });
-    assert_others_go_on(scene.app.address).await;
+    assert_others_go_on(scene.app.address, FEW_LATE).await;
     assert!(!reading.is_finished(), "there was nothing beside them");
     reading.abort();
 }
@@ -237,7 +233,7 @@ async fn assert_others_go_on_beside(runtime: ContainerRuntime, fault: Option<For
             );
         }
     };
-    tokio::join!(failures, assert_others_go_on(scene.app.address));
+    tokio::join!(failures, assert_others_go_on(scene.app.address, FEW_LATE));
     let upgrades = scene.cluster.forwards().counts().upgrades(Carrier::Spdy);
     assert!(upgrades <= 2 * FEW, "{runtime:?}: {upgrades} sessions");
 }

@@ -168,6 +168,7 @@ async fn an_api_server_that_comes_back_finds_its_clients_again() {
 async fn a_kubelet_that_has_just_restarted_costs_no_request() {
     let troubles = [
         ForwardFault::PodGone,
+        ForwardFault::Kubelet(StatusCode::NOT_FOUND, "pod does not exist".into()),
         ForwardFault::Upgrade(StatusCode::INTERNAL_SERVER_ERROR),
         ForwardFault::Upgrade(StatusCode::SERVICE_UNAVAILABLE),
     ];
@@ -214,9 +215,9 @@ async fn a_way_that_never_comes_is_waited_for_as_long_as_for_a_pod() {
 #[tokio::test]
 async fn a_pod_that_is_replaced_under_its_name_gets_a_session_of_its_own() {
     let cluster = FakeCluster::start().await.unwrap();
-    let any = Serve::Http(Protocols::Any);
     let builder = cluster.workload("shop", "db").port("http", 80, 8080);
-    let workload = builder.serve(any.clone()).headless().create().unwrap();
+    let builder = builder.serve(Serve::Http(Protocols::Any));
+    let workload = builder.headless().create().unwrap();
     let name = workload.pods[0].name.clone();
     // With the pods themselves as the source of endpoints, one change tells all.
     cluster.add_token("dev", "dev-token");
@@ -227,18 +228,47 @@ async fn a_pod_that_is_replaced_under_its_name_gets_a_session_of_its_own() {
     cluster.allow_only("dev", &rules);
     let app = TestApp::start_as(&cluster, &Identity::Token("dev-token".into())).await;
     assert_eq!(fetch(app.address, "db.shop", "/").await.pod(), name);
+    // The session that is kept ready.
+    cluster.forwards().until(|counts| counts.sessions_open == 2).await;
     let before = upgrades(&cluster);
 
-    // The old sandbox may live on for a while, and its sessions with it.
-    let new = Backend::start(&any, "the new one").unwrap();
-    cluster.route("shop", &name, 8080, new.address());
-    let mut pod = cluster.get("Pod", "shop", &name).unwrap();
-    pod["metadata"]["uid"] = json!("another");
-    cluster.apply(pod).unwrap();
+    let _new = take_over(&cluster, &name);
     let mut asked = 0;
     while fetch(app.address, "db.shop", "/").await.pod() != "the new one" {
         asked += 1;
         assert!(asked < 1000, "the old connection was used for ever");
     }
     assert!(upgrades(&cluster) > before, "the old pod's session was used");
+}
+
+#[tokio::test]
+async fn sessions_whose_sandbox_has_ended_are_left_although_nobody_has_said_that_the_pod_has() {
+    let cluster = FakeCluster::start().await.unwrap();
+    cluster.faults().set_close_grace(Duration::from_millis(20));
+    let builder = cluster.workload("shop", "db").port("http", 80, 8080);
+    let builder = builder.serve(Serve::Http(Protocols::Any));
+    let workload = builder.headless().create().unwrap();
+    let name = workload.pods[0].name.clone();
+    let app = TestApp::start(&cluster).await;
+    assert_eq!(fetch(app.address, "db.shop", "/").await.pod(), name);
+    let forwards = cluster.forwards();
+    forwards.until(|counts| counts.sessions_open == 2).await;
+
+    // The EndpointSlice goes on naming the old pod, and both sessions stay open.
+    let _new = take_over(&cluster, &name);
+    forwards.until(|counts| counts.connections_open == 0).await;
+    assert_eq!(forwards.counts().sessions_open, 2);
+    let reply = fetch(app.address, "db.shop", "/").await;
+    assert_eq!(reply.status, StatusCode::OK, "{}", reply.text());
+    assert_eq!(reply.pod(), "the new one");
+}
+
+/// Puts another pod in the place of the one of this name.
+fn take_over(cluster: &FakeCluster, name: &str) -> Backend {
+    let new = Backend::start(&Serve::Http(Protocols::Any), "the new one").unwrap();
+    cluster.route("shop", name, 8080, new.address());
+    let mut pod = cluster.get("Pod", "shop", name).unwrap();
+    pod["metadata"]["uid"] = json!("another");
+    cluster.apply(pod).unwrap();
+    new
 }

@@ -139,13 +139,34 @@ async fn a_pod_that_never_answers_is_not_waited_for_without_end() {
     let (mut channel, mut server) = scene();
     TaskTracker::new().spawn(async move {
         server.greet().await;
-        while server.serve().await.is_some() {}
+        while let Some((first, payload)) = server.serve().await {
+            if first == CLOSE {
+                server.send(CLOSE, &payload).await;
+            }
+        }
     });
     channel.write_all(b"question").await.unwrap();
     channel.shutdown().await.unwrap();
     let (elapsed, read) = end(&mut channel).await;
     assert_eq!(read.unwrap(), "");
     assert!((LINGER..LINGER + QUIET).contains(&elapsed), "{elapsed:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_goes_silent_after_our_end_has_not_ended_the_answer() {
+    let (mut channel, mut server) = scene();
+    TaskTracker::new().spawn(async move {
+        server.begin().await;
+        server.serve().await;
+        server.say("half an ans").await;
+        while server.next().await.is_some() {}
+    });
+    learn(&mut channel).await;
+    channel.write_all(b"question").await.unwrap();
+    channel.shutdown().await.unwrap();
+    let (elapsed, read) = end(&mut channel).await;
+    assert_eq!(read.unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
+    assert!(elapsed < LINGER, "{elapsed:?}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -63,9 +63,13 @@ impl Handshake {
             text.split(',')
                 .any(|token| token.trim().eq_ignore_ascii_case("upgrade"))
         };
+        let mut connection = headers.get_all(CONNECTION).iter();
         let checks = [
             (UPGRADE, value(UPGRADE).is_some_and(is_websocket)),
-            (CONNECTION, value(CONNECTION).is_some_and(has_upgrade)),
+            (
+                CONNECTION,
+                connection.any(|line| line.to_str().is_ok_and(has_upgrade)),
+            ),
             (
                 SEC_WEBSOCKET_ACCEPT,
                 value(SEC_WEBSOCKET_ACCEPT) == Some(&self.accept()),
@@ -113,6 +117,14 @@ mod tests {
     #[test]
     fn the_answer_of_the_specification_is_good() {
         let (handshake, answer) = example();
+        assert_eq!(handshake.check(&answer), Ok(()));
+    }
+
+    #[test]
+    fn a_list_in_two_lines_is_one() {
+        let (handshake, mut answer) = example();
+        answer.insert(CONNECTION, HeaderValue::from_static("keep-alive"));
+        answer.append(CONNECTION, HeaderValue::from_static("Upgrade"));
         assert_eq!(handshake.check(&answer), Ok(()));
     }
 
