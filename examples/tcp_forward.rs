@@ -18,6 +18,11 @@ use kube_tunnel::transport::{Connect, Target};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpListener;
 
+// As in the program.
+#[cfg(target_os = "linux")]
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> Result<()> {
     runtime::build(None)?.block_on(forward())
 }

@@ -283,9 +283,15 @@ async fn measure(kind: &Kind, running: &Running, other: &Running, settings: &Set
             figures
         }
         Kind::PingPong(beside) => {
-            let load = pingpong::run(running, other, beside, settings.time).await?;
-            let mut figures = latencies(&load);
-            figures.push((Measure::Worst, load.percentile(1.0)));
+            let pings = pingpong::run(running, other, beside, settings.time).await?;
+            let mut figures = latencies(&pings.load);
+            figures.push((Measure::Worst, pings.load.percentile(1.0)));
+            // It went on over another connection, or beside fewer than it says.
+            for (measure, count) in [(Measure::Failed, pings.load.failed), (Measure::Left, pings.left)] {
+                if count > 0 {
+                    figures.push((measure, count as f64));
+                }
+            }
             figures
         }
         Kind::Memory(many) => {

@@ -95,12 +95,15 @@ async fn run_round(
         }
         return;
     }
-    for turn in 0..contestants.len() {
-        let which = (round + turn) % contestants.len();
-        let contestant = &contestants[which];
-        if !case.takes(contestant, settings) {
-            continue;
-        }
+    let mut turns: Vec<_> = contestants.iter().enumerate().collect();
+    turns.retain(|(_, contestant)| case.takes(contestant, settings));
+    let first = round % turns.len().max(1);
+    turns.rotate_left(first);
+    // Nobody always follows the same one.
+    if round % 2 == 1 {
+        turns.reverse();
+    }
+    for (which, contestant) in turns {
         match cases::run(case, contestant, settings).await {
             Ok(figures) => results.add(case, round, which, figures),
             Err(error) => results.fail(format!("{} with {contestant}: {error:#}", case.name)),

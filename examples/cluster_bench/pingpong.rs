@@ -2,6 +2,8 @@
 
 use std::cell::Cell;
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -73,9 +75,17 @@ impl Neighbour {
     }
 }
 
+/// What was measured.
+#[derive(Debug)]
+pub(crate) struct Pings {
+    pub(crate) load: Load,
+    /// Neighbours that ended before it did.
+    pub(crate) left: usize,
+}
+
 /// Measures beside something, from its very beginning: what it does at first is felt, too.
 /// `other`: the process that the neighbours go through.
-pub(crate) async fn run(running: &Running, other: &Running, beside: Beside, time: Duration) -> Result<Load> {
+pub(crate) async fn run(running: &Running, other: &Running, beside: Beside, time: Duration) -> Result<Pings> {
     let place = |port: u16| PORTS.iter().position(|known| *known == port).unwrap_or(0);
     // Its connection is there first, as that of somebody who is at work when the others come.
     let line = lines(running.address(place(9000)), &Ask::echo(16, true), 1).await?;
@@ -87,19 +97,21 @@ pub(crate) async fn run(running: &Running, other: &Running, beside: Beside, time
         Beside::Here(neighbour, count) | Beside::Elsewhere(neighbour, count) => Some((neighbour, count)),
         Beside::Twin(neighbour) => Some((neighbour, 1)),
     };
+    let left = Arc::new(AtomicUsize::new(0));
     let work = neighbours.map(|(neighbour, count)| {
+        let left = left.clone();
         let (to, host) = (other.address(place(neighbour.port())), other.host.clone());
         Aside::start(move || async move {
             let one = |_| async {
                 neighbour.act(to, &host).await;
-                // The measurement goes on beside fewer than it says.
-                eprintln!("  a neighbour left");
+                left.fetch_add(1, Ordering::Relaxed);
             };
             join_all((0..count).map(one)).await;
         })
     });
     let work = work.transpose()?;
     let load = repeat(line, time).await;
+    let left = left.load(Ordering::Relaxed);
     drop(work);
-    Ok(load)
+    Ok(Pings { load, left })
 }

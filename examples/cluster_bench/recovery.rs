@@ -4,9 +4,11 @@ use std::process::Output;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use futures_util::StreamExt as _;
 use futures_util::future::join_all;
+use futures_util::stream::FuturesUnordered;
 use tokio::process::Command;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, interval, sleep, timeout};
 
 use crate::contestant::{Contestant, Running};
 use crate::delay::Delayed;
@@ -17,11 +19,12 @@ use crate::{POD, Settings};
 /// How long what was disturbed may take to be ready again, and a contestant to answer after that.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// The pause between attempts.
+/// The pause between two looks at what was disturbed.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// How long one attempt may take.
-const ATTEMPT: Duration = Duration::from_secs(2);
+/// How often an attempt is made, whatever becomes of those before it, and how long one may take.
+const PERIOD: Duration = Duration::from_millis(100);
+const ATTEMPT: Duration = Duration::from_secs(20);
 
 /// The component that is restarted.
 const API_SERVER: &str = "kube-apiserver";
@@ -107,14 +110,28 @@ async fn until<F: Future<Output = bool>>(since: Instant, what: &str, ready: impl
 /// Waits for the first answer over a new connection; a program that has ended never answers.
 async fn answered(running: &mut Running, down: Instant) -> Option<Instant> {
     let ask = Ask::get(&running.host, false);
-    while down.elapsed() < 2 * LIMIT && !running.ended() {
-        let mut line = Line::new(running.address(0), &ask);
-        if let Ok(Ok(_)) = timeout(ATTEMPT, line.exchange()).await {
-            return Some(Instant::now());
+    let address = running.address(0);
+    let attempt = || async {
+        let mut line = Line::new(address, &ask);
+        matches!(timeout(ATTEMPT, line.exchange()).await, Ok(Ok(_)))
+    };
+    let mut attempts = FuturesUnordered::new();
+    let mut next = interval(PERIOD);
+    loop {
+        tokio::select! {
+            Some(answered) = attempts.next() => {
+                if answered {
+                    return Some(Instant::now());
+                }
+            }
+            _ = next.tick() => {
+                if down.elapsed() >= 2 * LIMIT || running.ended() {
+                    return None;
+                }
+                attempts.push(attempt());
+            }
         }
-        sleep(PAUSE).await;
     }
-    None
 }
 
 async fn component(verb: &str, name: &str) -> Result<()> {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::thread::available_parallelism;
 
 use crate::cases::{CASES, Case};
 use crate::contestant::Contestant;
@@ -40,6 +41,8 @@ pub(crate) enum Measure {
     Share(Party),
     /// Exchanges that failed; not shown where none did.
     Failed,
+    /// Neighbours that ended before the measurement; not shown where none did.
+    Left,
 }
 
 impl fmt::Display for Measure {
@@ -58,6 +61,7 @@ impl fmt::Display for Measure {
             Self::Recovery => "s until it answers again",
             Self::Share(party) => return write!(f, "CPU s of {party}"),
             Self::Failed => "failed",
+            Self::Left => "neighbours that left",
         })
     }
 }
@@ -108,13 +112,20 @@ impl Results {
         self.figures.is_empty()
     }
 
-    /// Returns the median of a contestant's rounds.
+    /// Returns the median of a contestant's rounds; of the worst there was, the worst.
     pub(crate) fn median(&self, case: &str, measure: Measure, which: usize) -> Option<f64> {
-        middle(self.rounds(case, measure, which)?.values().copied())
+        let mut figures = self.rounds(case, measure, which)?.values().copied();
+        match measure {
+            Measure::Worst => figures.max_by(f64::total_cmp),
+            _ => middle(figures.by_ref()),
+        }
     }
 
     /// Returns the median of the ratios to kubectl in the same round: between rounds the machine itself may get faster or slower.
     pub(crate) fn ratio(&self, case: &str, measure: Measure, which: usize) -> Option<f64> {
+        if measure == Measure::Worst {
+            return Some(self.median(case, measure, which)? / self.median(case, measure, self.kubectl())?);
+        }
         let kubectl = self.rounds(case, measure, self.kubectl())?;
         let figures = self.rounds(case, measure, which)?;
         let ratios = figures
@@ -156,18 +167,16 @@ impl Results {
                 let ratio = [Measure::Rate, Measure::Bytes]
                     .into_iter()
                     .find_map(|measure| self.ratio(case.name, measure, which));
-                let (all, itself) = (
-                    shares.iter().sum::<f64>(),
-                    self.median(case.name, Measure::Share(Party::Contestant), which),
-                );
-                match (ratio, itself) {
-                    (Some(ratio), Some(itself)) => {
-                        writeln!(
-                            f,
-                            " {}x | {}x |",
-                            short(ratio),
-                            short(ratio * all / (all - itself))
-                        )?;
+                let share = |party| self.median(case.name, Measure::Share(party), which);
+                match (ratio, share(Party::Contestant), share(Party::Idle)) {
+                    (Some(ratio), Some(itself), Some(idle)) => {
+                        let without = Without {
+                            ratio,
+                            all: shares.iter().sum(),
+                            itself,
+                            idle,
+                        };
+                        writeln!(f, " {}x | {without} |", short(ratio))?;
                     }
                     _ => writeln!(f, " | |")?,
                 }
@@ -226,6 +235,32 @@ impl fmt::Display for Results {
         self.print_shares(f)?;
         for failure in &self.failures {
             writeln!(f, "\nNot measured: {}", failure.replace('\n', " "))?;
+        }
+        Ok(())
+    }
+}
+
+/// How many times kubectl's rate would be left if the contestant took nothing.
+struct Without {
+    ratio: f64,
+    /// Processor time there was, with what nobody took.
+    all: f64,
+    itself: f64,
+    idle: f64,
+}
+
+/// Where this part of the processors is idle, more than one of them does not always find work.
+const IDLE: f64 = 0.1;
+
+impl fmt::Display for Without {
+    /// Where all processors are busy, what the contestant takes is what the others lack. Where they are not, the work is done one
+    /// thing after the other, and all of that time may be saved: then both are told.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let saved = |itself: f64| short(self.ratio * self.all / (self.all - itself));
+        write!(f, "{}x", saved(self.itself))?;
+        if self.idle > IDLE * self.all {
+            let processors = available_parallelism().map_or(1, usize::from) as f64;
+            write!(f, " to {}x", saved(processors * self.itself))?;
         }
         Ok(())
     }

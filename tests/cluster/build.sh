@@ -36,12 +36,12 @@ go_build() {
 }
 
 build_kubernetes() {
-  local package=k8s.io/component-base/version minor=${kubernetes_version#v1.}
+  local package=k8s.io/component-base/version minor=${kubernetes_version#v1.} flags name
   # Without these, clients take the server for v0.0.0 and some refuse to talk to it.
-  go_build -o "$1/kubernetes" -ldflags "-s -w -X $package.gitVersion=$kubernetes_version \
-    -X $package.gitMajor=1 -X $package.gitMinor=${minor%%.*}" .
-  local name
-  for name in kube-apiserver kube-controller-manager kube-scheduler kubelet kubectl; do
+  flags="-s -w -X $package.gitVersion=$kubernetes_version -X $package.gitMajor=1 -X $package.gitMinor=${minor%%.*}"
+  go_build -o "$1/kubernetes" -ldflags "$flags" .
+  go_build -o "$1/kubectl" -ldflags "$flags" ./kubectl
+  for name in kube-apiserver kube-controller-manager kube-scheduler kubelet; do
     ln -s kubernetes "$1/$name"
   done
 }

@@ -19,7 +19,7 @@ use crate::program::Proxy;
 use crate::scene::Scene;
 
 pub(crate) const SIZE: usize = 1 << 30;
-const CHUNK: usize = 64 << 10;
+pub(crate) const CHUNK: usize = 64 << 10;
 /// How much the program may need beyond what it has at rest.
 const GROWTH: u64 = 64 << 20;
 /// Enough for 2 MB/s.
@@ -133,15 +133,16 @@ async fn many_transfers_at_once_arrive_whole_and_others_are_answered_meanwhile()
         _ = all => {}
         () = asking => unreachable!("it asks on and on"),
     }
-    let rate = (count * EACH) as f64 / started.elapsed().as_secs_f64() / 1e6;
+    let lasted = started.elapsed();
+    let rate = (count * EACH) as f64 / lasted.as_secs_f64() / 1e6;
     waits.sort();
     let (middle, worst) = (waits[waits.len() / 2], waits[waits.len() - 1]);
     note(&format!(
         "{count} transfers at once: {rate:.0} MB/s; beside them {} requests were answered within {middle:?} (median), {worst:?} (worst)",
         waits.len()
     ));
-    // As many as there are transfers: it never waited for one of them to end.
     assert!(waits.len() > count, "{} answers", waits.len());
+    assert!(worst < lasted / 2, "one waited {worst:?} of {lasted:?}");
 }
 
 /// What downloads are made of, from any of its first [`PERIOD`] bytes on.

@@ -160,6 +160,8 @@ async fn changes_during_a_restart_of_the_api_server_are_seen_after_it() {
     fetch(proxy.address, &host, "/health").await.pod();
     let old = own.pods("web").await;
 
+    // It stands still, so that its watches end before the change, and it hears of neither.
+    proxy.signal("STOP");
     let ended = Ended::kill("kube-apiserver").await;
     ended.start().await;
     api_server_is_back().await;
@@ -167,6 +169,7 @@ async fn changes_during_a_restart_of_the_api_server_are_seen_after_it() {
         .await
         .succeeded();
     own.rolled_out("deployment/web").await;
+    proxy.signal("CONT");
 
     for _ in 0..10 {
         assert!(!old.contains(&fetch(proxy.address, &host, "/health").await.pod()));

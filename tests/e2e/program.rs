@@ -116,8 +116,14 @@ impl Proxy {
 
     /// Asks it to stop.
     pub(crate) fn terminate(&self) {
+        self.signal("TERM");
+    }
+
+    /// Sends it a signal.
+    pub(crate) fn signal(&self, name: &str) {
+        let signal = format!("-{name}");
         let killed = Command::new("kill")
-            .args(["-TERM", &self.child.id().to_string()])
+            .args([&signal, &self.child.id().to_string()])
             .status();
         assert!(killed.unwrap().success());
     }

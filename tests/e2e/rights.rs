@@ -104,3 +104,35 @@ async fn a_forged_token_does_not_start() {
         "{done:?}"
     );
 }
+
+#[tokio::test]
+async fn who_logs_in_again_need_not_start_it_again() {
+    let scene = Scene::together().await;
+    let own = scene.restricted;
+    own.kubectl(&["create", "serviceaccount", "leaving"])
+        .await
+        .succeeded();
+    let account = format!("--serviceaccount={}:leaving", own.name);
+    own.kubectl(&["create", "rolebinding", "leaving", "--role=dev", &account])
+        .await
+        .succeeded();
+    let kubeconfig = own.kubeconfig_for("leaving").await;
+    let proxy = Proxy::start_as(kubeconfig.path()).await;
+    // Names that nobody has asked for: what is known already needs no credentials.
+    let mut names = 0;
+    let mut status = async || {
+        names += 1;
+        let host = own.host(&format!("missing-{names}"));
+        fetch(proxy.address, &host, "/").await.status
+    };
+    assert_eq!(status().await, 404);
+    own.kubectl(&["delete", "serviceaccount", "leaving"])
+        .await
+        .succeeded();
+    // The API server believes a token for ten more seconds.
+    eventually("the credentials to be refused", async || status().await == 401).await;
+    let again = own.kubeconfig_for("dev").await;
+    std::fs::copy(again.path(), kubeconfig.path()).unwrap();
+    eventually("the new ones to be used", async || status().await == 404).await;
+    fetch(proxy.address, &own.host("web"), "/health").await.pod();
+}

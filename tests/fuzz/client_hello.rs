@@ -16,6 +16,7 @@ const RECORD: &[u8] = &[0x16, 3];
 
 /// The types of records, from `change_cipher_spec` to `application_data` (RFC 8446 section 5.1).
 const KINDS: std::ops::RangeInclusive<u8> = 20..=23;
+const ALERT: u8 = 21;
 
 /// A client that trusts the local authority and nobody else.
 static CLIENT: LazyLock<Arc<ClientConfig>> = LazyLock::new(|| {
@@ -36,7 +37,7 @@ pub fn check(data: &[u8]) {
     let sent = [RECORD, data].concat();
     let exchange = exchange(&sent, 1 << 16);
     assert!(exchange.requests.is_empty(), "a hello has reached the pod");
-    let mut answer = &*exchange.answer;
+    let (mut answer, mut alerts) = (&*exchange.answer, 0);
     while !answer.is_empty() {
         let record = answer.get(..5).expect("a record's header is cut off");
         assert!(
@@ -44,25 +45,41 @@ pub fn check(data: &[u8]) {
             "clear text: {}",
             answer.escape_ascii()
         );
+        alerts += usize::from(record[0] == ALERT);
         let length = usize::from(u16::from_be_bytes([record[3], record[4]]));
         answer = answer.get(5 + length..).expect("a record is cut off");
     }
-    if let Some(name) = server_name(&sent) {
-        certificate(&name);
+    match hello(&sent) {
+        Hello::Bad => assert!(alerts > 0, "a bad hello is told nothing"),
+        Hello::Good(Some(name)) => certificate(&name),
+        Hello::Good(None) | Hello::Unfinished => {}
     }
 }
 
-/// The name that a hello asks for, if it is a valid one.
-fn server_name(sent: &[u8]) -> Option<String> {
+/// What a hello is to another reader.
+enum Hello {
+    Bad,
+    Unfinished,
+    /// The name that it asks for.
+    Good(Option<String>),
+}
+
+fn hello(sent: &[u8]) -> Hello {
     let mut acceptor = Acceptor::default();
     let mut rest = sent;
     while !rest.is_empty() {
-        acceptor.read_tls(&mut rest).ok()?;
-        if let Some(accepted) = acceptor.accept().ok()? {
-            return accepted.client_hello().server_name().map(str::to_owned);
+        if acceptor.read_tls(&mut rest).is_err() {
+            return Hello::Bad;
+        }
+        match acceptor.accept() {
+            Ok(None) => {}
+            Ok(Some(accepted)) => {
+                return Hello::Good(accepted.client_hello().server_name().map(str::to_owned));
+            }
+            Err(_) => return Hello::Bad,
         }
     }
-    None
+    Hello::Unfinished
 }
 
 /// A client that asks for `name` gets a certificate that it can verify exactly if the authority may speak for that name.

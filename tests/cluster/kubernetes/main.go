@@ -1,5 +1,5 @@
-// One binary for all Kubernetes programs the test cluster runs: they share most of
-// their code, so one link is far quicker and smaller than five. The first argument,
+// One binary for all Kubernetes servers the test cluster runs: they share most of
+// their code, so one link is far quicker and smaller than four. The first argument,
 // or the name the binary is called by, chooses the program. Each needs a process of
 // its own, because their global metric and flag registries clash.
 package main
@@ -12,14 +12,10 @@ import (
 	_ "time/tzdata" // CronJob time zones, as in the original main packages
 
 	"github.com/spf13/cobra"
-	_ "k8s.io/client-go/plugin/pkg/client/auth"
 	"k8s.io/component-base/cli"
-	"k8s.io/component-base/logs"
 	_ "k8s.io/component-base/logs/json/register"
 	_ "k8s.io/component-base/metrics/prometheus/clientgo"
 	_ "k8s.io/component-base/metrics/prometheus/version"
-	"k8s.io/kubectl/pkg/cmd"
-	"k8s.io/kubectl/pkg/cmd/util"
 	apiserver "k8s.io/kubernetes/cmd/kube-apiserver/app"
 	controllermanager "k8s.io/kubernetes/cmd/kube-controller-manager/app"
 	scheduler "k8s.io/kubernetes/cmd/kube-scheduler/app"
@@ -35,13 +31,9 @@ var servers = map[string]func() *cobra.Command{
 
 func main() {
 	name := filepath.Base(os.Args[0])
-	if servers[name] == nil && name != "kubectl" && len(os.Args) > 1 {
+	if servers[name] == nil && len(os.Args) > 1 {
 		os.Args = os.Args[1:]
 		name = os.Args[0]
-	}
-	if name == "kubectl" {
-		kubectl()
-		return
 	}
 	server, ok := servers[name]
 	if !ok {
@@ -49,12 +41,4 @@ func main() {
 		os.Exit(2)
 	}
 	os.Exit(cli.Run(server()))
-}
-
-func kubectl() {
-	// As in cmd/kubectl: the log level must be known before the command is built.
-	logs.GlogSetter(cmd.GetLogVerbosity(os.Args)) //nolint:errcheck
-	if err := cli.RunNoErrOutput(cmd.NewDefaultKubectlCommand()); err != nil {
-		util.CheckErr(err)
-	}
 }

@@ -36,6 +36,9 @@ func route(w http.ResponseWriter, r *http.Request) {
 	switch first {
 	case "health":
 		sendHealth(w, rest)
+	case "last":
+		w.Header().Set("Connection", "close") // this server's word: it takes no other request
+		sendHealth(w, "")
 	case "bytes":
 		sendBytes(w, r, rest)
 	case "upload":
