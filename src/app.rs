@@ -101,21 +101,21 @@ impl App {
             () = stop => false,
             () = broken.cancelled() => true,
         };
-        let grace = tokio::select! {
-            drained = clients.complete(drain_timeout) => {
-                match drained {
-                    Drained::Gracefully => info!("every request was completed"),
-                    Drained::Forced(left) => warn!(tasks = left, "cut off at the deadline"),
-                }
-                BACKGROUND_GRACE
+        let draining = async {
+            match clients.complete(drain_timeout).await {
+                Drained::Gracefully => info!("every request was completed"),
+                Drained::Forced(left) => warn!(tasks = left, "cut off at the deadline"),
             }
+            background.complete(BACKGROUND_GRACE).await;
+        };
+        tokio::select! {
+            () = draining => {}
             () = now => {
                 // The requests are dropped, and with them their records, which would be lost with the process.
                 clients.complete(Duration::ZERO).await;
-                Duration::ZERO
+                background.complete(Duration::ZERO).await;
             }
-        };
-        background.complete(grace).await;
+        }
         ensure!(!failed, "a part of the program has failed; the log says why");
         Ok(())
     }

@@ -14,7 +14,7 @@ use std::time::Duration;
 use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 use kube::Config;
-use kube::client::{Body, ConfigExt};
+use kube::client::{AuthError, Body, ConfigExt};
 use rustls::AlertDescription;
 use tokio::sync::Mutex as Turns;
 use tokio::time::Instant;
@@ -116,7 +116,7 @@ impl Service<Request<Body>> for Authenticated {
             let answer = sender.oneshot(request).await;
             let is_refused = match &answer {
                 Ok(response) => response.status() == StatusCode::UNAUTHORIZED,
-                Err(error) => is_certificate_refused(error.as_ref()),
+                Err(error) => shared.is_refused(error.as_ref()),
             };
             let Some(again) = again.filter(|_| is_refused) else {
                 return answer;
@@ -140,6 +140,15 @@ impl Shared {
             token: (current.login.token_file.as_ref()).map_or(0, TokenFile::generation),
         };
         (used, current.sender.clone())
+    }
+
+    /// Tells whether a request has failed by its credentials: the server does not take the certificate, or kube has no token that
+    /// it could send. A plugin that fails has just been asked.
+    fn is_refused(&self, error: &(dyn Error + 'static)) -> bool {
+        let has_provider = || self.current().login.config.auth_info.auth_provider.is_some();
+        let is_spent = |error: &AuthError| matches!(error, AuthError::UnrefreshableTokenResponse);
+        is_certificate_refused(error)
+            || error::auth_cause(error).is_some_and(|error| is_spent(error) || has_provider())
     }
 
     /// Gets other credentials than those that were used. Returns false where there are none. What has begun goes on when the
@@ -205,7 +214,9 @@ impl Shared {
         } else {
             // A certificate is part of the connections. Those that are in use go on.
             bare = self.source.connect(&login)?;
-            sender(&login, &bare)?.unwrap_or_else(|| bare.clone())
+            // A plugin has said already that there is nothing else.
+            let added = if is_plugin { None } else { sender(&login, &bare)? };
+            added.unwrap_or_else(|| bare.clone())
         };
         Ok(Some(Current {
             login,
@@ -240,10 +251,7 @@ fn sender(login: &Login, bare: &Sender) -> Result<Option<Sender>, kube::Error> {
 fn is_certificate_refused(error: &(dyn Error + 'static)) -> bool {
     let mut next = Some(error);
     while let Some(error) = next {
-        let tls = error
-            .downcast_ref::<io::Error>()
-            .and_then(|error| error.get_ref()?.downcast_ref::<rustls::Error>());
-        if let Some(rustls::Error::AlertReceived(alert)) = tls {
+        if let Some(rustls::Error::AlertReceived(alert)) = error.downcast_ref() {
             // RFC 8446 section 6.2. A signature that does not fit is a decrypt error there.
             return matches!(
                 alert,
@@ -258,7 +266,12 @@ fn is_certificate_refused(error: &(dyn Error + 'static)) -> bool {
                     | AlertDescription::UnsupportedCertificate
             );
         }
-        next = error.source();
+        // The source of an I/O error is that of what it holds.
+        let held = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        next = match held {
+            Some(held) => Some(held),
+            None => error.source(),
+        };
     }
     false
 }
@@ -271,4 +284,22 @@ fn copy(request: &Request<Body>) -> Option<Request<Body>> {
     *copied.headers_mut() = request.headers().clone();
     *copied.extensions_mut() = request.extensions().clone();
     Some(copied)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_certificate_is_refused_by_alerts_that_mean_it_however_they_are_wrapped() {
+        let refused = |alert| {
+            let held = io::Error::new(io::ErrorKind::InvalidData, rustls::Error::AlertReceived(alert));
+            let wrapped = io::Error::other(io::Error::other(held));
+            is_certificate_refused(&wrapped)
+        };
+        assert!(refused(AlertDescription::CertificateExpired));
+        assert!(refused(AlertDescription::UnknownCA));
+        assert!(!refused(AlertDescription::InternalError));
+        assert!(!is_certificate_refused(&io::Error::other("reset")));
+    }
 }

@@ -65,8 +65,8 @@ pub(super) fn lookup_error(error: &kube::Error) -> LookupError {
 
 /// Finds the failure of getting credentials: kube has its own variant for it while the client is built, and hides it among
 /// the failures of the service later on.
-fn auth_cause(error: &kube::Error) -> Option<&AuthError> {
-    let mut next: Option<&(dyn std::error::Error + 'static)> = Some(error);
+pub(super) fn auth_cause<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a AuthError> {
+    let mut next = Some(error);
     while let Some(error) = next {
         if let Some(auth) = error.downcast_ref() {
             return Some(auth);

@@ -132,6 +132,7 @@ async fn dispatch(
                 hostname,
                 port: port.unwrap_or(downstream.default_port()),
                 secure: downstream.security != Security::Cleartext,
+                own_port: downstream.local.port(),
             };
             let (front, method) = (&downstream.front, request.method().clone());
             match exchange(context, &destination, request, upgrade, front, record).await {

@@ -35,14 +35,11 @@ pub(crate) struct Hint {
 /// Finds the candidates of a request to `port` of the Service, or to the endpoint named `hostname`.
 ///
 /// # Errors
-/// [`Error::Itself`], [`Error::NoSuchPort`], [`Error::NoEndpoint`], [`Error::NoPod`] or [`Error::ExternalName`].
+/// [`Error::NoSuchPort`], [`Error::NoEndpoint`], [`Error::NoPod`] or [`Error::ExternalName`].
 pub(crate) fn route(view: &View, port: u16, hostname: Option<&str>) -> Result<Route, Error> {
     let service = &view.service;
     if let ServiceKind::ExternalName(name) = &service.kind {
         return Err(Error::ExternalName(service.name.clone(), name.clone()));
-    }
-    if view.endpoints.iter().any(|endpoint| endpoint.is_itself) {
-        return Err(Error::Itself(service.name.clone()));
     }
     let port = choose_port(view, port)?;
     let number = |endpoint: &Endpoint| match port {

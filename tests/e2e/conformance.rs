@@ -68,7 +68,11 @@ async fn assert_conforms(flags: &[&str], documented: &[&str]) {
             *failed.entry(case).or_default() += 1;
         }
         for case in documented {
-            assert_eq!(failed.get(*case), Some(&run), "{case:?} fails by choice: {failed:?}");
+            assert_eq!(
+                failed.get(*case),
+                Some(&run),
+                "{case:?} fails by choice: {failed:?}"
+            );
         }
         let others = || failed.iter().filter(|(case, _)| !documented.contains(&&***case));
         let twice = others().find(|(case, times)| !races(case) && **times > 1);

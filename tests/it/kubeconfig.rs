@@ -10,7 +10,7 @@ use kube_tunnel::testing::{FakeCluster, Identity, Workload};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
-use crate::app::{TestApp, web};
+use crate::app::{PATIENCE, TestApp, web};
 use crate::client::fetch;
 use crate::program::{Lines, Running, path, program};
 use crate::transport::submit;
@@ -253,6 +253,42 @@ async fn a_certificate_that_is_refused_before_any_request_is_renewed_as_well() {
     wait_for_renewal().await;
     let reply = submit(app.address, WEB, "/").await;
     assert_eq!(reply.status, StatusCode::OK, "{}", reply.text());
+}
+
+#[tokio::test]
+async fn a_login_of_an_oidc_provider_that_cannot_be_renewed_is_read_anew() {
+    // An id token of JWT that ends then, and nothing to refresh it with.
+    let login = |cluster: &FakeCluster, user: &str, lifetime: i64| {
+        let expiry = jiff::Timestamp::now().as_second() + lifetime;
+        let claims = ByteString(format!("{{\"exp\":{expiry}}}").into_bytes());
+        let claims = serde_json::to_value(claims).unwrap();
+        let token = format!("e30.{}.{user}", claims.as_str().unwrap().trim_end_matches('='));
+        cluster.add_token(user, &token);
+        let provider = format!("auth-provider:\n  name: oidc\n  config:\n    id-token: {token}");
+        with_user(&cluster.kubeconfig(), &provider)
+    };
+    let (cluster, _workload) = cluster().await;
+    // kube does not use one for its last ten seconds.
+    let app = TestApp::with(&login(&cluster, "before", 12), &[]).await;
+    let mut names = 0;
+    let mut status = async || {
+        names += 1;
+        submit(app.address, &format!("missing-{names}.shop"), "/")
+            .await
+            .status
+    };
+    let refused = async {
+        while status().await != StatusCode::UNAUTHORIZED {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, refused).await.unwrap();
+    let again = login(&cluster, "after", 3600);
+    fs::write(app.folder.path().join("kubeconfig"), again).unwrap();
+    wait_for_renewal().await;
+    let reply = submit(app.address, WEB, "/").await;
+    assert_eq!(reply.status, StatusCode::OK, "{}", reply.text());
+    assert!(cluster.calls().iter().any(|call| call.user == "after"));
 }
 
 #[tokio::test]

@@ -261,21 +261,40 @@ async fn a_page_of_another_site_gets_no_own_page() {
 }
 
 #[tokio::test]
-async fn a_service_of_its_own_pod_leads_to_its_own_pages_and_not_round_and_round() {
+async fn a_service_that_leads_back_has_its_own_pages_and_does_not_go_round_and_round() {
     let cluster = FakeCluster::start().await.unwrap();
-    let workload = web(&cluster, 2);
     let kubeconfig = kubeconfig(&cluster.kubeconfig());
-    let mut command = program(&["--port=0", "--bind=127.0.0.1", "--kubeconfig", path(&kubeconfig)]);
-    command
-        .env("POD_NAMESPACE", "shop")
-        .env("POD_NAME", &workload.pods[1].name);
-    let mut running = Running(command.stderr(Stdio::piped()).spawn().unwrap());
-    let log = Lines::new(running.0.stderr.take().unwrap())
-        .until("listening")
-        .await;
-    for _ in 0..3 {
-        let reply = fetch(address(&log), WEB, "/livez").await;
-        assert_eq!((reply.status, &*reply.text()), (StatusCode::OK, "ok\n"));
+    // Whoever listens where the pod's port is, it is kube-tunnel that listens on that number here.
+    let (app, own_port) = (web(&cluster, 2), free_port());
+    let own = cluster
+        .workload("shop", "own")
+        .port("http", 80, own_port)
+        .replicas(2)
+        .create()
+        .unwrap();
+    for (pod, host, expected) in [
+        (&own.pods[1].name, "own.shop.svc.cluster.local", "ok\n"),
+        // Beside it in a pod is another program.
+        (&app.pods[1].name, WEB, ""),
+    ] {
+        let port = format!("--port={own_port}");
+        let mut command = program(&[&port, "--bind=127.0.0.1", "--kubeconfig", path(&kubeconfig)]);
+        command.env("POD_NAMESPACE", "shop").env("POD_NAME", pod);
+        let mut running = Running(command.stderr(Stdio::piped()).spawn().unwrap());
+        let log = Lines::new(running.0.stderr.take().unwrap())
+            .until("listening")
+            .await;
+        let reply = fetch(address(&log), host, "/livez").await;
+        assert_eq!(reply.status, StatusCode::OK, "{}", reply.text());
+        match expected {
+            "" => drop(reply.pod()),
+            page => assert_eq!(reply.text(), page),
+        }
     }
-    assert_eq!(cluster.forwards().counts().sessions_open, 0);
+}
+
+/// A port that nobody listens on.
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
 }

@@ -33,6 +33,8 @@ pub(super) struct Destination {
     pub(super) port: u16,
     /// Whether the client came over TLS.
     pub(super) secure: bool,
+    /// Where the client's connection came in.
+    pub(super) own_port: u16,
 }
 
 /// What a pod answered, and what lives as long as its answer.
@@ -77,6 +79,12 @@ pub(super) async fn exchange(
             hint,
             affinity,
         } = locate(context, destination, record.request).await?;
+        let is_ours =
+            |(endpoint, port): &(Arc<Endpoint>, u16)| endpoint.is_itself && *port == destination.own_port;
+        if candidates.iter().any(is_ours) {
+            // Another one of a set would send it back.
+            return Err(Error::Itself(destination.service.clone()));
+        }
         let session = affinity.map(|timeout| Session {
             service: destination.service.clone(),
             client: record.client.ip(),
