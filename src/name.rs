@@ -274,14 +274,17 @@ fn split_port(authority: &str) -> Result<(&str, Option<u16>), NameError> {
     }
 }
 
+/// Tells whether a text has the form of an RFC 1123 label in lower case, however long it is.
+pub(crate) fn is_label(text: &str) -> bool {
+    let charset = text
+        .bytes()
+        .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+    !text.is_empty() && charset && !text.starts_with('-') && !text.ends_with('-')
+}
+
 /// Accepts an RFC 1123 label in lower case.
 fn label(text: &str) -> Result<Arc<str>, NameError> {
-    let bytes = text.as_bytes();
-    let fits = (1..=MAX_LABEL).contains(&bytes.len());
-    let charset = bytes
-        .iter()
-        .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-');
-    if fits && charset && bytes.first() != Some(&b'-') && bytes.last() != Some(&b'-') {
+    if text.len() <= MAX_LABEL && is_label(text) {
         Ok(text.into())
     } else {
         Err(NameError::Label(text.into()))

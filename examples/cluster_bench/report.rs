@@ -114,10 +114,10 @@ impl Results {
 
     /// Returns the median of a contestant's rounds; of the worst there was, the worst.
     pub(crate) fn median(&self, case: &str, measure: Measure, which: usize) -> Option<f64> {
-        let mut figures = self.rounds(case, measure, which)?.values().copied();
+        let figures = self.rounds(case, measure, which)?.values().copied();
         match measure {
             Measure::Worst => figures.max_by(f64::total_cmp),
-            _ => middle(figures.by_ref()),
+            _ => middle(figures),
         }
     }
 

@@ -13,7 +13,7 @@ use k8s_openapi::api::discovery::v1::{Endpoint as KubeEndpoint, EndpointPort, En
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use crate::k8s::itself::is_itself;
-use crate::name::{PortRef, ServiceName};
+use crate::name::{PortRef, ServiceName, is_label};
 use crate::registry::{Endpoint, Load, PodRef, Protocol, Service, ServiceKind, ServicePort};
 
 /// The loads of the endpoints known so far, so that an update of an endpoint keeps its count.
@@ -200,13 +200,6 @@ fn slice_endpoint(
 
 /// Tells whether this may be a pod's name: a DNS subdomain (apimachinery: `IsDNS1123Subdomain`).
 fn is_subdomain(name: &str) -> bool {
-    let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
-    let is_label = |label: &str| {
-        let bytes = label.as_bytes();
-        bytes.first().copied().is_some_and(inner)
-            && bytes.last().copied().is_some_and(inner)
-            && bytes.iter().all(|&byte| inner(byte) || byte == b'-')
-    };
     name.len() <= 253 && name.split('.').all(is_label)
 }
 

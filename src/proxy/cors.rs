@@ -76,7 +76,7 @@ fn origin(text: &str) -> Result<String, String> {
         _ => "",
     };
     let text = text.to_ascii_lowercase();
-    Ok(text.strip_suffix(usual).map_or(text.clone(), str::to_owned))
+    Ok(text.strip_suffix(usual).unwrap_or(&text).to_owned())
 }
 
 impl AllowOrigin {
@@ -201,7 +201,7 @@ impl Cors {
             headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin);
         }
         // Where the backend lets no page read, it lets none read with credentials; our leave is not meant for those.
-        fields::remove(headers, &ACCESS_CONTROL_ALLOW_CREDENTIALS);
+        fields::remove(headers, |name| name == ACCESS_CONTROL_ALLOW_CREDENTIALS);
         if self.preflight.is_none() {
             // gRPC-Web reads its status from headers, which scripts see only if they are exposed.
             headers

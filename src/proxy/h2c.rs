@@ -73,8 +73,7 @@ pub(super) fn agreement() -> Response<ResponseBody> {
 pub(super) fn first_stream<B>(request: &Request<B>) -> Bytes {
     let mut fields = request.headers().clone();
     headers::strip_hop_by_hop(&mut fields);
-    headers::remove(&mut fields, &SETTINGS_FIELD);
-    headers::remove(&mut fields, &HOST);
+    headers::remove(&mut fields, |name| *name == SETTINGS_FIELD || name == HOST);
     let authority = headers::authority(request).expect("a request without an authority does not get here");
     let path = headers::path_and_query(request.uri());
     let block = header_block(

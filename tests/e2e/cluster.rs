@@ -170,6 +170,20 @@ impl Namespace {
             .collect()
     }
 
+    /// Makes a service account with a role of this namespace.
+    pub(crate) async fn add_account(&self, name: &str, role: &str) {
+        self.kubectl(&["create", "serviceaccount", name])
+            .await
+            .succeeded();
+        let (role, account) = (
+            format!("--role={role}"),
+            format!("--serviceaccount={}:{name}", self.name),
+        );
+        self.kubectl(&["create", "rolebinding", name, &role, &account])
+            .await
+            .succeeded();
+    }
+
     /// Writes a kubeconfig for one of this namespace's service accounts.
     pub(crate) async fn kubeconfig_for(&self, account: &str) -> tempfile::NamedTempFile {
         let view = ["config", "view", "--raw", "--minify", "--flatten", "-o", "json"];

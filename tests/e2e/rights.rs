@@ -67,9 +67,6 @@ async fn a_user_without_rights_learns_which_one_is_missing() {
 async fn a_reader_who_may_not_forward_learns_it() {
     let scene = Scene::together().await;
     let own = scene.restricted;
-    own.kubectl(&["create", "serviceaccount", "reader"])
-        .await
-        .succeeded();
     let rules = [
         "--verb=get,list,watch",
         "--resource=services,pods,endpointslices.discovery.k8s.io",
@@ -77,10 +74,7 @@ async fn a_reader_who_may_not_forward_learns_it() {
     own.kubectl(&[&["create", "role", "reader"], &rules[..]].concat())
         .await
         .succeeded();
-    let account = format!("--serviceaccount={}:reader", own.name);
-    own.kubectl(&["create", "rolebinding", "reader", "--role=reader", &account])
-        .await
-        .succeeded();
+    own.add_account("reader", "reader").await;
     let kubeconfig = own.kubeconfig_for("reader").await;
     let proxy = Proxy::start_as(kubeconfig.path()).await;
     let reply = fetch(proxy.address, &own.host("web"), "/health").await;
@@ -109,13 +103,7 @@ async fn a_forged_token_does_not_start() {
 async fn who_logs_in_again_need_not_start_it_again() {
     let scene = Scene::together().await;
     let own = scene.restricted;
-    own.kubectl(&["create", "serviceaccount", "leaving"])
-        .await
-        .succeeded();
-    let account = format!("--serviceaccount={}:leaving", own.name);
-    own.kubectl(&["create", "rolebinding", "leaving", "--role=dev", &account])
-        .await
-        .succeeded();
+    own.add_account("leaving", "dev").await;
     let kubeconfig = own.kubeconfig_for("leaving").await;
     let proxy = Proxy::start_as(kubeconfig.path()).await;
     // Names that nobody has asked for: what is known already needs no credentials.

@@ -26,6 +26,15 @@ pub(crate) async fn cluster() -> (FakeCluster, Workload) {
     (cluster, workload)
 }
 
+/// The credentials of a kubeconfig that a plugin gives.
+#[cfg(unix)]
+fn asking(plugin: &std::path::Path) -> String {
+    format!(
+        "exec:\n  apiVersion: client.authentication.k8s.io/v1\n  command: {}\n  interactiveMode: Never",
+        plugin.display()
+    )
+}
+
 /// Replaces the token of a kubeconfig by other credentials.
 pub(crate) fn with_user(kubeconfig: &str, user: &str) -> String {
     let lines = kubeconfig.lines().map(|line| match line.find("token:") {
@@ -104,10 +113,7 @@ async fn an_exec_plugin_gives_the_token_with_its_own_environment() {
     let credential = r#"{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential","status":{"token":"'$TOKEN'"}}"#;
     fs::write(&plugin, format!("#!/bin/sh\necho '{credential}'\n")).unwrap();
     fs::set_permissions(&plugin, fs::Permissions::from_mode(0o755)).unwrap();
-    let user = format!(
-        "exec:\n  apiVersion: client.authentication.k8s.io/v1\n  command: {}\n  interactiveMode: Never\n  env:\n  - name: TOKEN\n    value: plugin-token",
-        plugin.display()
-    );
+    let user = asking(&plugin) + "\n  env:\n  - name: TOKEN\n    value: plugin-token";
     let app = TestApp::with(&with_user(&cluster.kubeconfig(), &user), &[]).await;
     assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
     assert!(
@@ -143,13 +149,7 @@ async fn credentials_that_are_refused_are_renewed_and_the_request_does_not_notic
     let script = format!("#!/bin/sh\necho '{credential}'\n").replace("TOKEN", &token.display().to_string());
     fs::write(&plugin, script).unwrap();
     fs::set_permissions(&plugin, fs::Permissions::from_mode(0o755)).unwrap();
-    let users = [
-        format!(
-            "exec:\n  apiVersion: client.authentication.k8s.io/v1\n  command: {}\n  interactiveMode: Never",
-            plugin.display()
-        ),
-        format!("tokenFile: {}", token.display()),
-    ];
+    let users = [asking(&plugin), format!("tokenFile: {}", token.display())];
     for user in users {
         let (cluster, _workload) = cluster().await;
         cluster.add_token("before", "token-before");
@@ -341,10 +341,7 @@ async fn a_certificate_that_a_plugin_gave_is_renewed() {
         fs::write(&printed, credential.to_string()).unwrap();
     };
     log_in("before");
-    let user = format!(
-        "exec:\n  apiVersion: client.authentication.k8s.io/v1\n  command: {}\n  interactiveMode: Never",
-        plugin.display()
-    );
+    let user = asking(&plugin);
     let app = TestApp::with(&with_user(&cluster.kubeconfig(), &user), &[]).await;
     assert_eq!(fetch(app.address, WEB, "/").await.status, StatusCode::OK);
     cluster.expire_certificates("before");
@@ -367,10 +364,7 @@ async fn a_plugin_whose_credentials_are_refused_is_not_asked_for_each_request() 
     let script = format!("#!/bin/sh\necho >> {}\necho '{credential}'\n", asked.display());
     fs::write(&plugin, script).unwrap();
     fs::set_permissions(&plugin, fs::Permissions::from_mode(0o755)).unwrap();
-    let user = format!(
-        "exec:\n  apiVersion: client.authentication.k8s.io/v1\n  command: {}\n  interactiveMode: Never",
-        plugin.display()
-    );
+    let user = asking(&plugin);
     let app = TestApp::with(&with_user(&cluster.kubeconfig(), &user), &[]).await;
     let times = || fs::read_to_string(&asked).unwrap().lines().count();
     let before = times();

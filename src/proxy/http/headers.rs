@@ -122,15 +122,12 @@ pub(in crate::proxy) fn strip_hop_by_hop(headers: &mut HeaderMap) {
             !matches!(*name, HOST | TE | TRAILER) && !name.as_str().starts_with("content-")
         })
         .collect();
-    let goes = |name: &HeaderName| HOP_BY_HOP.contains(name) || listed.contains(name);
-    if headers.keys().any(goes) {
-        keep(headers, |name| !goes(name));
-    }
+    remove(headers, |name| HOP_BY_HOP.contains(name) || listed.contains(name));
     if headers.contains_key(TE) {
         if lists(headers, TE, "trailers") {
             headers.insert(TE, HeaderValue::from_static("trailers"));
         } else {
-            keep(headers, |name| name != TE);
+            remove(headers, |name| name == TE);
         }
     }
 }
@@ -143,20 +140,16 @@ pub(super) fn announce_grpc_trailers(headers: &mut HeaderMap) {
 }
 
 /// Removes fields without changing the order of the others, as `HeaderMap::remove` would.
-pub(in crate::proxy) fn remove(headers: &mut HeaderMap, name: &HeaderName) {
-    if headers.contains_key(name) {
-        keep(headers, |other| other != name);
+pub(in crate::proxy) fn remove(headers: &mut HeaderMap, goes: impl Fn(&HeaderName) -> bool) {
+    if !headers.keys().any(&goes) {
+        return;
     }
-}
-
-/// Removes all but these.
-fn keep(headers: &mut HeaderMap, wanted: impl Fn(&HeaderName) -> bool) {
     let mut kept = HeaderMap::with_capacity(headers.len());
     let mut current = None;
     for (name, value) in std::mem::take(headers) {
         // A repeated field has its name with the first value only.
         current = name.or(current);
-        if let Some(name) = current.as_ref().filter(|name| wanted(name)) {
+        if let Some(name) = current.as_ref().filter(|name| !goes(name)) {
             kept.append(name, value);
         }
     }
@@ -179,10 +172,9 @@ pub(super) fn add_forwarded(parts: &mut Parts, client: IpAddr, authority: &str, 
             if secure { "https" } else { "http" }.to_owned(),
         ),
     ];
-    let foreign = |name: &HeaderName| name == FORWARDED || name.as_str().starts_with("x-forwarded-");
-    if parts.headers.keys().any(foreign) {
-        keep(&mut parts.headers, |name| !foreign(name));
-    }
+    remove(&mut parts.headers, |name| {
+        name == FORWARDED || name.as_str().starts_with("x-forwarded-")
+    });
     for (name, value) in fields {
         if let Ok(value) = HeaderValue::try_from(value) {
             parts.headers.insert(name, value);
@@ -221,7 +213,7 @@ pub(super) fn prepare(parts: &mut Parts, wire: Wire, authority: &str, body: bool
         }
         Wire::H2c | Wire::H2 => {
             parts.version = Version::HTTP_2;
-            remove(&mut parts.headers, &HOST);
+            remove(&mut parts.headers, |name| name == HOST);
             let path_and_query = path_and_query(&parts.uri);
             let mut uri = std::mem::take(&mut parts.uri).into_parts();
             uri.scheme = Some(if wire == Wire::H2 {

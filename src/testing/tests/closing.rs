@@ -40,6 +40,15 @@ async fn ends_with(runtime: ContainerRuntime, fault: Option<ForwardFault>) -> Ve
     ends(&mut session).await
 }
 
+/// Waits for the text on the error stream `id`.
+async fn told(session: &mut Session, id: u32) -> String {
+    let is_told = |seen: &[Seen]| matches!(seen.last(), Some(Seen::Data(stream, _)) if *stream == id);
+    match session.until(is_told).await.pop() {
+        Some(Seen::Data(_, text)) => String::from_utf8_lossy(&text).into_owned(),
+        _ => unreachable!(),
+    }
+}
+
 #[tokio::test]
 async fn a_refused_port_is_told_in_the_way_of_the_runtime() {
     for (runtime, expected) in [
@@ -102,13 +111,7 @@ async fn the_words_of_a_refusal_are_those_of_the_runtime() {
         scene.cluster.set_runtime(runtime);
         let mut session = scene.spdy().await;
         session.pair(11, NOBODY, b"").await;
-        let seen = session
-            .until(|seen| matches!(seen.last(), Some(Seen::Data(1, _))))
-            .await;
-        let Some(Seen::Data(_, text)) = seen.last() else {
-            unreachable!()
-        };
-        let text = String::from_utf8_lossy(text);
+        let text = told(&mut session, 1).await;
         assert!(
             text.starts_with("error forwarding port 81 to pod ") && text.contains(words),
             "{text}"
@@ -298,13 +301,7 @@ async fn a_deleted_pod_ends_its_connections_late_and_is_told_to_newcomers_of_its
         assert_eq!(seen, ["data FIN", "error FIN"], "{runtime:?}");
 
         session.pair(31, ECHO, b"").await;
-        let seen = session
-            .until(|seen| matches!(seen.last(), Some(Seen::Data(21, _))))
-            .await;
-        let Some(Seen::Data(_, text)) = seen.last() else {
-            unreachable!()
-        };
-        let text = String::from_utf8_lossy(text);
+        let text = told(&mut session, 21).await;
         assert!(text.contains(words), "{text}");
     }
 }
